@@ -1,0 +1,31 @@
+"""The errors a user can meet, one class per kind of mistake.
+
+Every message names the key or file, what was found, what is allowed, and what to do. Anything that is not a
+`PipelineError` is a bug of Sonoscope and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base of all errors that a user can mend. `stages/*` print it without a traceback and exit with 2."""
+
+
+class ConfigError(PipelineError):
+    """params.yaml (or a `-S` override) holds something that is not allowed; all problems are listed at once."""
+
+
+class DataError(PipelineError):
+    """A video, image, label table or frame store cannot be used."""
+
+
+class LeakageError(PipelineError):
+    """Patients of an evaluation fold were seen in training, or a given split puts one patient on two sides."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint or encoder file is foreign, incomplete, or does not fit the network that was asked for."""
+
+
+class TrackingError(PipelineError):
+    """The MLflow store cannot be reached by a command whose only purpose is to reach it (`sonoscope sync`)."""

@@ -1,0 +1,89 @@
+"""Where things live and how they are written: the project root, atomic writes, content hashes.
+
+Not for formats: the frame store, manifests and checkpoints each have their own module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["atomic_write", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_json"]
+
+
+def project_root() -> Path:
+    """The real project folder, also inside a queued DVC experiment.
+
+    A queued or temporary experiment runs in a throw-away copy under `.dvc/tmp/exps`, where DVC sets `DVC_ROOT` to the
+    project itself. Scratch checkpoints and the MLflow store hang on this folder so that they outlive the copy.
+    """
+    root = os.environ.get("DVC_ROOT")
+    return Path(root) if root else Path.cwd()
+
+
+def scratch_folder(kind: str, fingerprint: str) -> Path:
+    """`<root>/.scratch/<kind>/<fingerprint>`: resumable state outside DVC's outputs, one folder per fingerprint.
+
+    DVC deletes an output before it runs a stage, and `persist: true` was measured to leak one sweep point's checkpoint
+    into the next; a folder named by everything that determines the result does neither.
+    """
+    folder = project_root() / ".scratch" / kind / fingerprint
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader sees the old content or the new, never half of it.
+
+    The temporary file lies in the same folder: `os.replace` across file systems is not atomic.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode("utf-8") if isinstance(data, str) else data
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(raw)
+            out.flush()
+            os.fsync(out.fileno())
+        # mkstemp gives 0600; outputs are shared files and follow the user's umask like any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON with a final newline, atomically. NaN is refused: it is not JSON."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse one UTF-8 JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def hash_bytes(*parts: bytes | str) -> str:
+    """SHA-256 over the parts, each preceded by its length so that ("ab", "c") and ("a", "bc") differ. 64 hex digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode("utf-8") if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, read in blocks of 1 MiB. 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
