@@ -1,0 +1,172 @@
+"""The `sonoscope` command, and `run_stage`, which gives every file of stages/ the same exit codes and error text.
+
+    sonoscope doctor | check | preset [NAME] | sync | ui        (or: python -m pipeline.cli doctor)
+
+Exit codes: 0 done; 1 a bug of Sonoscope (traceback kept), or `doctor` found a problem; 2 a mistake that the message
+explains (parameters, data, arguments); 130 interrupted. Each sub-command imports what it needs, so that this module
+costs a stage nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+
+__all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_MISTAKE", "main", "run_stage"]
+
+EXIT_BUG = 1
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, what a shell reports for a command that Ctrl-C ended."""
+
+
+def run_stage(function: Callable[[], None]) -> int:
+    """Run `function` and turn its end into an exit code; used as `sys.exit(run_stage(main))`.
+
+    Returns:
+        0 when it returns; 2 for a `PipelineError`, whose message goes to stderr without a traceback; 130 for Ctrl-C;
+        1 for anything else, with the traceback and the words that this is a bug. `SystemExit` passes through.
+    """
+    try:
+        function()
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print(
+            "\nThis is a bug of Sonoscope, or a machine in trouble ('sonoscope doctor' tells which): "
+            "no mistake in parameters or data should end in a traceback. Please report it with the lines above.",
+            file=sys.stderr,
+        )
+        return EXIT_BUG
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pipeline.doctor import run_doctor
+
+    return run_doctor(as_json=arguments.json)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+
+    config = load_config(arguments.params)
+    print(
+        f"{arguments.params}: valid. Source {config.data.source}, {len(config.split.folds)} folds, pretraining "
+        f"{config.pretrain.method} on {config.pretrain.backbone} for {config.pretrain.epochs} epochs "
+        f"(scope {config.pretrain.scope}), fine-tuning {', '.join(config.finetune.initialisations)} "
+        f"with {len(config.finetune.seeds)} seed(s)."
+    )
+    return 0
+
+
+def _preset(arguments: argparse.Namespace) -> int:
+    from pipeline.presets import as_overrides, load_preset, preset_names, write_preset
+
+    if arguments.name is None:
+        if arguments.write:
+            raise PipelineError("preset --write: name the preset; 'sonoscope preset' lists them")
+        names = preset_names()
+        width = max((len(name) for name in names), default=0)
+        for name in names:
+            print(f"{name:<{width}}  {load_preset(name).description}")
+        return 0
+    preset = load_preset(arguments.name)
+    if not arguments.write:
+        print(" ".join(as_overrides(preset)))
+        return 0
+    changes = write_preset(preset, Path(arguments.params))
+    print("\n".join(changes) if changes else f"{arguments.params} already says what preset {preset.name} says")
+    return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from pipeline.tracking import sync
+
+    sync()
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    import shlex
+    import subprocess
+
+    from pipeline.config import load_config
+    from pipeline.tracking import tracking_uri
+
+    uri = tracking_uri(load_config(arguments.params))
+    if uri.startswith(("http://", "https://", "databricks")):
+        print(f"The runs are on the tracking server {uri}; open it in a browser.")
+        return 0
+    # 127.0.0.1: the page shows runs on medical data and has no password.
+    words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    words += ["--host", "127.0.0.1", "--port", str(arguments.port)]
+    if arguments.print:
+        print(shlex.join(["mlflow", *words[3:]]))
+        return 0
+    print(f"MLflow at http://127.0.0.1:{arguments.port} (Ctrl-C ends it)", flush=True)
+    return subprocess.call(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sonoscope",
+        description="Helpers around the pipeline; the pipeline itself runs with 'dvc repro' and 'dvc exp run'.",
+        epilog="Exit codes: 0 done, 1 bug or problem found by doctor, 2 explained mistake, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="say what this machine has, what is wrong, and what to do about it")
+    doctor.add_argument("--json", action="store_true", help="print the table as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    check = commands.add_parser("check", help="check params.yaml, all problems at once")
+    check.set_defaults(run=_check)
+
+    preset = commands.add_parser(
+        "preset",
+        help="list the presets, or print one as words for 'dvc exp run'",
+        description="Without NAME: the list. With NAME: the words for 'dvc exp run $(sonoscope preset NAME)'.",
+    )
+    preset.add_argument("name", nargs="?", metavar="NAME")
+    preset.add_argument("--write", action="store_true", help="edit params.yaml instead, keeping its comments")
+    preset.set_defaults(run=_preset)
+
+    sync = commands.add_parser("sync", help="deliver what was logged while the MLflow store was away")
+    sync.set_defaults(run=_sync)
+
+    ui = commands.add_parser("ui", help="open MLflow on this project's store (127.0.0.1 only)")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument("--print", action="store_true", help="print the command instead of starting it")
+    ui.set_defaults(run=_ui)
+
+    for command in (check, preset, ui):
+        command.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of the `sonoscope` command; `argv` without the program name, default `sys.argv[1:]`. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    code = 0
+
+    def command() -> None:
+        nonlocal code
+        code = arguments.run(arguments)
+
+    return run_stage(command) or code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
