@@ -189,7 +189,6 @@ class PretrainParams(Section):
     """Samples drawn from a video in one epoch; the published UCL draws one."""
     seed: int = 0
     optimizer: OptimizerParams = Field(default_factory=OptimizerParams)
-    augmentation: AugmentationParams = Field(default_factory=AugmentationParams)
     monitor: MonitorParams = Field(default_factory=MonitorParams)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 autocast on GPUs that have it and float32 elsewhere (bfloat16 is many times slower on CPUs)."""

@@ -1,0 +1,130 @@
+"""The contract of a self-supervised method: what it samples, what a step computes, what it exports.
+
+A method is one file: a frozen `Params` class and one class registered under the method's name. It never logs, steps the
+optimiser, saves, or knows the loop. This file and the method files do not import torch when they are read, because
+`Params` must be checkable in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.config import AugmentationParams, Section
+from pipeline.registry import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    torch = LazyModule("torch")
+
+__all__ = ["ClipBatch", "Method", "MethodContext", "MethodParams", "Progress", "StepOutput"]
+
+
+class MethodParams(Section):
+    """Parameters every method has."""
+
+    augmentation: AugmentationParams = Field(default_factory=AugmentationParams)
+    """How each drawn frame becomes a view."""
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method must know of the run it is built for."""
+
+    feature_dim: int
+    epochs: int
+    steps_per_epoch: int
+    global_batch: int
+    """Samples of one optimiser step over all processes."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: 0-based epoch and 0-based optimiser step over the whole run."""
+
+    epoch: int
+    step: int
+
+
+@dataclass
+class ClipBatch:
+    """One process's share of a micro-batch.
+
+    frames: role -> float tensor [B, K, 3, H, W], normalised; K views of that role a sample.
+    video: int64 [B], one number a video, the same on every process. label: int64 [B], -1 where unlabelled.
+    """
+
+    frames: dict[str, torch.Tensor]
+    video: torch.Tensor
+    label: torch.Tensor
+
+    def to(self, device: Any) -> ClipBatch:
+        """The same batch on another device."""
+        return ClipBatch({role: x.to(device) for role, x in self.frames.items()}, self.video.to(device), self.label.to(device))
+
+
+@dataclass
+class StepOutput:
+    """Scalar loss (mean over the local samples, with gradient) and numbers worth a curve (detached)."""
+
+    loss: torch.Tensor
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Method:
+    """Base class. Subclasses set `Params`, fill `networks` in `__init__`, and implement `draw` and `step`."""
+
+    Params: ClassVar[type[MethodParams]] = MethodParams
+    trains: ClassVar[bool] = True
+    """False for the baselines that only export an initialisation."""
+
+    networks: nn.ModuleDict
+    """Everything with weights; `backbone` is exported, parameters with requires_grad are optimised."""
+
+    def __init__(self, backbone: nn.Module, params: Any, context: MethodContext) -> None:
+        self.params, self.context = params, context
+        self.networks = torch.nn.ModuleDict({"backbone": backbone})
+
+    @classmethod
+    def min_frames(cls, params: Any) -> int:
+        """Shortest video, in frames, that this method can sample from."""
+        return 1
+
+    @classmethod
+    def draw(cls, params: Any, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Frame indices of one sample: role -> int64 [K]. Each index becomes one independently augmented view."""
+        raise NotImplementedError(f"{cls.__name__} is abstract: a method says which frames it samples")
+
+    @classmethod
+    def check(cls, params: Any, context: MethodContext, videos: int) -> list[str]:
+        """Warnings about parameter values that do not suit this run (shown once, before training)."""
+        return []
+
+    def before_step(self, progress: Progress) -> None:
+        """Called once before each optimiser step's first micro-batch (momentum averages)."""
+
+    def step(self, batch: ClipBatch, progress: Progress) -> StepOutput:
+        """Loss of one micro-batch."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: a method computes a loss")
+
+    def chance_loss(self, progress: Progress) -> float:
+        """The loss of a network that knows nothing: log(number of logits). Told in the log, so that a user can judge."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: a method knows its chance loss")
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """Tensors beside the weights that an exact resume needs (banks, queues, pointers)."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Inverse of `extra_state`."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The trunk to export, with plain torchvision names."""
+        return self.networks["backbone"]
