@@ -19,8 +19,11 @@ from pipeline.registry import LazyModule
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from pipeline import distributed
 else:
     torch = LazyModule("torch")
+    distributed = LazyModule("pipeline.distributed")
 
 __all__ = ["ClipBatch", "Method", "MethodContext", "MethodParams", "Progress", "StepOutput"]
 
@@ -84,6 +87,8 @@ class Method:
     trains: ClassVar[bool] = True
     """False for the baselines that only export an initialisation."""
 
+    autocast: bool = False
+    """Set by the loop: run the networks in bfloat16."""
     networks: nn.ModuleDict
     """Everything with weights; `backbone` is exported, parameters with requires_grad are optimised."""
 
@@ -105,6 +110,37 @@ class Method:
     def check(cls, params: Any, context: MethodContext, videos: int) -> list[str]:
         """Warnings about parameter values that do not suit this run (shown once, before training)."""
         return []
+
+    def encode(self, images: torch.Tensor, prefix: str = "") -> torch.Tensor:
+        """Unit-length embeddings of images: trunk, head, L2. [B, 3, H, W] -> [B, D], float32 (float64 stays).
+
+        `prefix` picks the momentum twin (`key_`). Only the networks run in bfloat16; similarities need the mantissa.
+        """
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            raw = self.networks[f"{prefix}head"](self.networks[f"{prefix}backbone"](images))
+        raw = raw.float() if raw.dtype == torch.bfloat16 else raw
+        return torch.nn.functional.normalize(raw, dim=-1, eps=1e-12)
+
+    def permutation(self, rows: int, progress: Progress) -> torch.Tensor:
+        """Order of the gathered key batch, the same on every process without communication. int64 [rows]."""
+        generator = torch.Generator().manual_seed((self.context.seed * 1_000_003 + progress.step) % 2**63)
+        return torch.randperm(rows, generator=generator)
+
+    def encode_keys(self, images: torch.Tensor, progress: Progress, shuffle: bool) -> torch.Tensor:
+        """Embeddings of the momentum network, without gradient. [B, 3, H, W] -> [B, D].
+
+        With several processes the rows are shuffled among them, so that the positive of an anchor is not normalised with
+        the same batch statistics (MoCo, section 3.3); alone the shuffle changes nothing and is skipped.
+        """
+        world, rank, rows = distributed.world_size(), distributed.rank(), len(images)
+        with torch.no_grad():
+            if world == 1 or not shuffle:
+                return self.encode(images, "key_")
+            everyone = distributed.all_gather_rows(images)
+            order = self.permutation(len(everyone), progress).to(images.device)
+            mine = everyone[order][rank * rows : (rank + 1) * rows]
+            keys = distributed.all_gather_rows(self.encode(mine, "key_"))
+            return keys[order.argsort()][rank * rows : (rank + 1) * rows]
 
     def before_step(self, progress: Progress) -> None:
         """Called once before each optimiser step's first micro-batch (momentum averages)."""
