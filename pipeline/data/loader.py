@@ -1,0 +1,142 @@
+"""Batches for pretraining: what each process reads at each step is a pure function of (seed, epoch, video id).
+
+So results depend neither on the number of threads nor on when a run was interrupted, and two processes read together
+exactly what one would read alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config import AugmentationParams
+from pipeline.data.frames import FrameCache
+from pipeline.data.transforms import draw_view, normalize, render
+
+__all__ = ["ClipLoader", "SamplingPlan", "epoch_order", "sample_generator"]
+
+
+def sample_generator(seed: int, epoch: int, video: int, sample: int = 0) -> np.random.Generator:
+    """The random numbers of one sample of one video in one epoch: frames and views come from it, in a fixed order."""
+    return np.random.default_rng([seed, epoch, video, sample])
+
+
+def epoch_order(videos: int, samples: int, epoch: int, seed: int) -> np.ndarray:
+    """Order of one epoch: int64 [videos * samples, 2] of (video, sample). Every video comes `samples` times.
+
+    Each of the `samples` rounds passes over all videos once, so that the copies of a video lie far apart.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    rounds = [np.stack([rng.permutation(videos), np.full(videos, s)], axis=1) for s in range(samples)]
+    return np.concatenate(rounds).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What is drawn: the method's rule and the sizes of an epoch."""
+
+    method: Any
+    """A `pipeline.methods.base.Method` class; only its `draw` is used."""
+    params: Any
+    augmentation: AugmentationParams
+    image_size: int
+    epochs: int
+    batch_size: int
+    """Samples of one optimiser step over all processes."""
+    accumulate: int = 1
+    samples_per_video: int = 1
+    seed: int = 0
+
+
+class ClipLoader:
+    """Micro-batches of one process, rendered ahead by threads.
+
+    Args:
+        frames: pixels. labels: int64 [videos], -1 where unlabelled. plan: what to draw.
+        rank, world: which share of each batch to read. threads: rendering threads. ahead: micro-batches prepared ahead.
+    """
+
+    def __init__(
+        self, frames: FrameCache, labels: np.ndarray, plan: SamplingPlan, *, rank: int = 0, world: int = 1, threads: int = 2, ahead: int = 3
+    ) -> None:
+        self.frames, self.labels, self.plan = frames, labels, plan
+        self.rank, self.world, self.threads, self.ahead = rank, world, max(1, threads), ahead
+        self.waited = 0.0
+        """Seconds the training loop has waited for data."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of one epoch over all processes, before padding."""
+        return len(self.frames) * self.plan.samples_per_video
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps; the last one may be smaller."""
+        return -(-self.samples_per_epoch // self.plan.batch_size)
+
+    def _micro_batches(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
+        """(video, sample) pairs of this process, micro-batch by micro-batch."""
+        plan = self.plan
+        order = epoch_order(len(self.frames), plan.samples_per_video, epoch, plan.seed)
+        parts = self.world * plan.accumulate
+        for step in range(first_step, self.steps_per_epoch):
+            chunk = order[step * plan.batch_size : (step + 1) * plan.batch_size]
+            # All processes need equally many rows: the batch is filled up with its own first samples.
+            chunk = np.resize(chunk, (-(-len(chunk) // parts) * parts, 2))
+            for micro in np.split(chunk, plan.accumulate):
+                yield np.split(micro, self.world)[self.rank]
+
+    def _render(self, pair: np.ndarray, epoch: int, out: dict[str, np.ndarray], row: int) -> None:
+        """Draw and render one sample into row `row` of the output arrays."""
+        plan, index = self.plan, int(pair[0])
+        rng = sample_generator(plan.seed, epoch, self.frames.videos[index].number, int(pair[1]))
+        roles = plan.method.draw(plan.params, self.frames.num_frames(index), epoch, plan.epochs, rng)
+        for role, numbers in roles.items():
+            for k, number in enumerate(numbers):
+                frame = self.frames.frame(index, int(number))
+                view = draw_view(plan.augmentation, rng, frame.shape[:2], plan.image_size)
+                render(frame, view, plan.image_size, out[role][row, k])
+
+    def _submit(self, pool: ThreadPoolExecutor, pairs: np.ndarray, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[Future[None]]]:
+        plan, size = self.plan, self.plan.image_size
+        probe = plan.method.draw(plan.params, 100, epoch, plan.epochs, np.random.default_rng(0))
+        shape = (size, size, *self.frames.frame_shape)
+        out = {role: np.empty((len(pairs), len(numbers), *shape), np.uint8) for role, numbers in probe.items()}
+        return pairs, out, [pool.submit(self._render, pair, epoch, out, row) for row, pair in enumerate(pairs)]
+
+    def epoch(self, epoch: int, device: torch.device, first_step: int = 0) -> Iterator[Any]:
+        """Micro-batches of one epoch on the device, from optimiser step `first_step` on (`accumulate` a step)."""
+        from pipeline.methods.base import ClipBatch
+
+        pending: deque[Any] = deque()
+        with ThreadPoolExecutor(self.threads) as pool:
+            plan = self._micro_batches(epoch, first_step)
+            for pairs in plan:
+                pending.append(self._submit(pool, pairs, epoch))
+                if len(pending) > self.ahead:
+                    yield self._finish(pending.popleft(), device, ClipBatch)
+            while pending:
+                yield self._finish(pending.popleft(), device, ClipBatch)
+
+    def _finish(self, item: Any, device: torch.device, batch_type: Any) -> Any:
+        pairs, out, futures = item
+        start = time.perf_counter()
+        for future in futures:
+            future.result()
+        self.waited += time.perf_counter() - start
+        frames = {}
+        for role, array in out.items():
+            tensor = torch.from_numpy(array)
+            if device.type == "cuda":
+                tensor = tensor.pin_memory().to(device, non_blocking=True)
+            frames[role] = normalize(tensor, self.plan.augmentation.normalization)
+        numbers = torch.tensor([self.frames.videos[int(v)].number for v in pairs[:, 0]], dtype=torch.int64)
+        labels = torch.from_numpy(self.labels[pairs[:, 0]].astype(np.int64))
+        return batch_type(frames, numbers.to(device), labels.to(device))
