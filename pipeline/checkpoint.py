@@ -1,0 +1,178 @@
+"""Resumable checkpoints (atomic, checked, never unpickled) and exported encoders with plain torchvision names."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import CheckpointError
+from pipeline.files import atomic_write, write_json
+
+__all__ = [
+    "KeyReport", "export_encoder", "latest_checkpoint", "load_checkpoint", "load_trunk", "read_state_dict", "save_checkpoint",
+]
+
+FORMAT = 1
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write `state-<step>.pt` atomically and delete all but the `keep` newest. Tensors, numbers, strings, lists, dicts only.
+
+    Two are kept so that a disk that fills up while the newest is written costs one interval, not the run.
+    """
+    path = folder / f"state-{step:010d}.pt"
+    part = path.with_suffix(".part")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as handle:
+            torch.save({"format": FORMAT, **state}, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free / 2**30
+        raise CheckpointError(
+            f"{path.name}: could not be written ({error.strerror or error}; {free:.1f} GiB free in the scratch folder). "
+            f"Free some space and start the same command again: it continues from the last checkpoint."
+        ) from None
+    for old in sorted(folder.glob("state-*.pt"))[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path, fingerprint: str) -> dict[str, Any]:
+    """Read a checkpoint written by `save_checkpoint`.
+
+    Raises:
+        CheckpointError: damaged, of another format, or of another run (its fingerprint differs).
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path.name}: not a readable checkpoint ({type(error).__name__}). Delete it to start over.") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path.name}: not a Sonoscope checkpoint of format {FORMAT}. Delete it to start over.")
+    if state.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{path.name}: belongs to another run (fingerprint {state.get('fingerprint')}, this run has {fingerprint}). "
+            f"Checkpoints are kept in a folder per fingerprint and should not be moved; delete it to start over."
+        )
+    return state
+
+
+def latest_checkpoint(folder: Path, fingerprint: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest readable checkpoint of this run, or None; and a line for each file that could not be used."""
+    skipped = []
+    for path in sorted(folder.glob("state-*.pt"), reverse=True):
+        try:
+            return load_checkpoint(path, fingerprint), skipped
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def export_encoder(folder: Path, state: Mapping[str, torch.Tensor], card: Mapping[str, Any]) -> None:
+    """Write `encoder.safetensors` (float32, torchvision names) and `card.json` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    part = folder / ".encoder.part"
+    save_file(tensors, str(part), metadata={"format": "pt", "sonoscope": json.dumps({"schema": 1, "backbone": card.get("backbone", "")})})
+    os.replace(part, folder / "encoder.safetensors")
+    write_json(folder / "card.json", card)
+
+
+def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.Tensor]:
+    """Tensors of a weights file: safetensors, or a torch file read with weights-only loading.
+
+    Raises:
+        CheckpointError: missing, not a weights file, or a pickle that wants to run code (refused).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{key}: {path} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{key}: {path.name} is refused: it holds Python objects that would run code when loaded, or is not a torch file. "
+            f"Only plain tensors are read; ask its author for a state dict or a safetensors file."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError, struct.error) as error:
+        raise CheckpointError(f"{key}: {path.name} is not a readable weights file ({type(error).__name__}).") from None
+    for name in ("state_dict", "model", "model_state_dict"):
+        if isinstance(raw, dict) and isinstance(raw.get(name), dict):
+            raw = raw[name]
+    tensors = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, torch.Tensor)} if isinstance(raw, dict) else {}
+    if not tensors:
+        raise CheckpointError(f"{key}: {path.name} holds no named tensors. Allowed: a state dict (plain, or under 'state_dict').")
+    return tensors
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """What happened to the names of a weights file."""
+
+    prefix: str
+    matched: int
+    ignored: list[str]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.ignored[:4]) + (" ..." if len(self.ignored) > 4 else "")
+        return f"{self.matched} tensors of the trunk loaded (prefix '{self.prefix}'), {len(self.ignored)} others not used" + (
+            f": {shown}" if self.ignored else ""
+        )
+
+
+# Where known programs keep the trunk: MoCo and UCL (DDP-wrapped), the same unwrapped, plain torchvision, wrapped models.
+_PREFIXES = ("", "module.encoder_q.", "encoder_q.", "module.", "backbone.", "encoder.", "module.backbone.")
+
+
+def load_trunk(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str, key: str = "pretrain.init") -> KeyReport:
+    """Load a trunk from a state dict whose names may carry a known prefix; every tensor of the trunk must be there.
+
+    Raises:
+        CheckpointError: names or shapes do not fit, with counts and examples; nothing is loaded then.
+    """
+    wanted = network.state_dict()
+    # Old files lack batch norm's step counter; it plays no part with a fixed momentum.
+    needed = {name for name in wanted if not name.endswith("num_batches_tracked")}
+    prefix = max(_PREFIXES, key=lambda p: sum(p + name in tensors for name in needed))
+    missing = sorted(name for name in needed if prefix + name not in tensors)
+    if missing:
+        raise CheckpointError(
+            f"{key}: {source} does not fit this backbone: {len(missing)} of {len(needed)} tensors are missing, for example "
+            f"{', '.join(missing[:3])}. The file has names such as {', '.join(sorted(tensors)[:3])}. Check pretrain.backbone."
+        )
+    found = {name: tensors[prefix + name] for name in wanted if prefix + name in tensors}
+    wrong = [f"{n} {tuple(found[n].shape)} instead of {tuple(wanted[n].shape)}" for n in needed if found[n].shape != wanted[n].shape]
+    if wrong:
+        raise CheckpointError(f"{key}: {source} is of another architecture: {'; '.join(sorted(wrong)[:3])}. Check pretrain.backbone.")
+    network.load_state_dict(found, strict=False)
+    ignored = sorted(set(tensors) - {prefix + name for name in found})
+    return KeyReport(prefix, len(found), ignored)
+
+
+def write_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Training curves as CSV: one row an epoch, columns in order of first appearance, empty where not measured."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [",".join(columns)]
+    lines += [",".join(_cell(row.get(name)) for name in columns) for row in rows]
+    atomic_write(path, "\n".join(lines) + "\n")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else (f"{value:.7g}" if isinstance(value, float) else str(value))
