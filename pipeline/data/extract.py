@@ -1,0 +1,357 @@
+"""The extract stage: a folder of media becomes a frame store, a manifest, metrics and contact sheets.
+
+Videos are decoded by several processes and kept, one by one, in a scratch folder keyed by content and parameters; the output
+is linked from there. A killed run, or one video added, repeats no finished work although DVC empties the output.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from pipeline.config import Config, ExtractParams, fingerprint
+from pipeline.data.contact_sheet import write_contact_sheets
+from pipeline.data.labels import LabelledMedia, read_labelled_media
+from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
+from pipeline.data.store import FrameStore, write_video
+from pipeline.data.video import Facts, Media, MediaReader, content_hash
+from pipeline.errors import ConfigError, DataError
+from pipeline.files import atomic_write, read_json, scratch_folder, write_json
+
+__all__ = ["Extracted", "Task", "extract_one", "extract_source", "extraction_fingerprint"]
+
+FORMAT = 1
+"""Raised when the same file and parameters would give other frames, so that old scratch results are not reused."""
+_STORE_FILE = re.compile(r"[0-9a-f]{16}\.(tar|idx\.npy)")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One medium to extract into the scratch folder. `table_fps` is the labels table's frame rate, if it has one."""
+
+    media: Media
+    params: ExtractParams
+    table_fps: float | None
+    scratch: Path
+
+
+@dataclass
+class Extracted:
+    """The result of one task: facts and content hash, or the reason why there are none."""
+
+    path: str
+    sha256: str = ""
+    facts: Facts = field(default_factory=Facts)
+    bytes: int = 0
+    """Size of the tar."""
+    reused: bool = False
+    cpu_seconds: float = 0.0
+    reason: str = ""
+    """Why the medium cannot be read; empty on success."""
+    fatal: str = ""
+    """Why nothing can be written any more; empty normally."""
+
+    @property
+    def video(self) -> str:
+        """The video id, 16 hex digits."""
+        return self.sha256[:16]
+
+
+def extraction_fingerprint(params: ExtractParams) -> str:
+    """16 hex digits over all that decides the stored bytes: parameters, format and OpenCV version."""
+    decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
+    return fingerprint({"format": FORMAT, "opencv": cv2.__version__, **decisive})
+
+
+def _start_worker() -> None:
+    """Set up a worker: one thread, a silent end on Ctrl-C, and no life after the parent's death."""
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # A killed parent cannot tell its workers; without this they would wait for tasks for ever.
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def extract_one(task: Task) -> Extracted:
+    """Extract one medium, or find it done in the scratch folder. Never raises for a bad file or a full disk."""
+    result = Extracted(task.media.path)
+    started = time.process_time()
+    try:
+        result.sha256 = content_hash(task.media)
+        if not _reuse(task, result):
+            reader = MediaReader(task.media, task.params, task.table_fps)
+            write_video(task.scratch, result.video, reader.jpegs())
+            result.facts = reader.facts
+            result.bytes = (task.scratch / f"{result.video}.tar").stat().st_size
+            record = {"table_fps": task.table_fps, "bytes": result.bytes, "facts": asdict(result.facts)}
+            write_json(task.scratch / f"{result.video}.json", record)
+    except DataError as error:
+        result.reason = str(error).removeprefix(f"{task.media.path}: ")
+    except OSError as error:
+        result.fatal = _write_problem(error, task.scratch)
+    result.cpu_seconds = time.process_time() - started
+    return result
+
+
+def _reuse(task: Task, result: Extracted) -> bool:
+    """Fill `result` from the scratch folder if this content was finished there under the same conditions."""
+    tar, index = (task.scratch / f"{result.video}{suffix}" for suffix in (".tar", ".idx.npy"))
+    try:
+        record = read_json(task.scratch / f"{result.video}.json")
+        facts = Facts(**record["facts"])
+        same_rate = facts.fps_source == "container" or record["table_fps"] == task.table_fps
+        if not same_rate or tar.stat().st_size != record["bytes"] or not index.stat().st_size:
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    result.facts, result.bytes, result.reused = facts, record["bytes"], True
+    return True
+
+
+def _write_problem(error: OSError, folder: Path) -> str:
+    """What to tell when a frame store cannot be written."""
+    if error.errno in _FULL:
+        free = shutil.disk_usage(folder).free / 1e6
+        return f"{folder}: the disk is full ({free:.0f} MB free). Make room and start again; finished videos are kept."
+    return f"{folder}: cannot be written ({error.strerror or error})"
+
+
+def _run_pool(waiting: deque[Task], workers: int, suspects: list[Task]) -> Iterator[Extracted]:
+    """Work through `waiting`; if a worker process dies, put the tasks under way into `suspects` and return."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    running: dict[Future[Extracted], Task] = {}
+    try:
+        while (waiting or running) and not suspects:
+            # Few tasks at a time, so that the death of a process leaves few suspects.
+            while waiting and len(running) < 2 * workers:
+                task = waiting.popleft()
+                try:
+                    running[pool.submit(extract_one, task)] = task
+                except BrokenProcessPool:
+                    suspects.append(task)
+                    break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    suspects.append(task)
+        suspects += running.values()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_tasks(tasks: list[Task], workers: int) -> Iterator[Extracted]:
+    """Results in the order they come. A file that kills its process is found by trying the suspects one by one."""
+    waiting = deque(tasks)
+    while waiting:
+        suspects: list[Task] = []
+        yield from _run_pool(waiting, workers, suspects)
+        for task in suspects:
+            crashed: list[Task] = []
+            yield from _run_pool(deque([task]), 1, crashed)
+            if crashed:
+                yield Extracted(task.media.path, reason="reading it ended the decoding process (crash or out of memory)")
+
+
+def _size(media: Media) -> int:
+    """Bytes of a medium, 0 if it cannot be told; only for the order of work."""
+    try:
+        if media.kind == "frames":
+            return sum(item.stat().st_size for item in media.location.iterdir())
+        return media.location.stat().st_size
+    except OSError:
+        return 0
+
+
+def _extract_all(tasks: list[Task], workers: int) -> list[Extracted]:
+    """Run all tasks with a progress bar; largest files first, so that no process works alone at the end."""
+    tasks = sorted(tasks, key=lambda task: -_size(task.media))
+    quiet = not sys.stderr.isatty()
+    results, frames = [], 0
+    with tqdm(total=len(tasks), unit="file", desc="extract", mininterval=30.0 if quiet else 0.2, miniters=1) as bar:
+        for result in _run_tasks(tasks, workers):
+            if result.fatal:
+                raise DataError(result.fatal)
+            results.append(result)
+            frames += result.facts.frames
+            bar.set_postfix(frames=frames, refresh=False)
+            bar.update()
+    return sorted(results, key=lambda result: os.fsencode(result.path))
+
+
+def _rows(source: str, found: LabelledMedia, results: list[Extracted], key: str) -> list[VideoRow]:
+    """Manifest rows of the readable media; files of equal content are merged."""
+    kinds = {item.path: item.kind for item in found.media}
+    rows = []
+    for result in results:
+        if result.reason:
+            continue
+        label, facts = found.labels[result.path], asdict(result.facts)
+        facts["warnings"] = "; ".join(facts["warnings"])
+        rows.append(VideoRow(
+            video=result.video, source=source, path=result.path, sha256=result.sha256,
+            patient=pseudonym(label.patient, key), label=label.label, kind=kinds[result.path], bytes=result.bytes, **facts,
+        ))
+    return merge_identical(rows)
+
+
+def _place(scratch: Path, output: Path, name: str) -> None:
+    """Give the output folder a finished file: a hard link where possible, a copy across file systems."""
+    target = output / name
+    target.unlink(missing_ok=True)
+    try:
+        os.link(scratch / name, target)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        part = output / f".{name}.part"
+        shutil.copyfile(scratch / name, part)
+        os.replace(part, target)
+
+
+def _fill_output(output: Path, scratch: Path, rows: list[VideoRow], quarantined: list[Extracted]) -> Manifest:
+    """Link all stored videos, remove those of earlier runs, write the quarantine list, and the manifest last."""
+    manifest = Manifest(rows)
+    wanted = {f"{row.video}{suffix}" for row in rows for suffix in (".tar", ".idx.npy")}
+    try:
+        for name in sorted(wanted):
+            _place(scratch, output, name)
+        for path in output.iterdir():
+            if _STORE_FILE.fullmatch(path.name) and path.name not in wanted:
+                path.unlink()
+        table = io.StringIO(newline="")
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["path", "reason"])
+        writer.writerows([result.path, result.reason] for result in quarantined)
+        atomic_write(output / "quarantine.csv", table.getvalue())
+        manifest.write(output / "manifest.csv")
+    except OSError as error:
+        raise DataError(_write_problem(error, output)) from None
+    return manifest
+
+
+def _metrics(manifest: Manifest, results: list[Extracted], seconds: float) -> dict[str, float]:
+    """The numbers of metrics.json."""
+    rows = manifest.rows
+    fresh = [result for result in results if not result.reason and not result.reused]
+    decoded = sum(result.facts.frames_decoded for result in fresh)
+    cpu = sum(result.cpu_seconds for result in fresh)
+    return {
+        "videos": sum(row.kind != "image" for row in rows),
+        "images": sum(row.kind == "image" for row in rows),
+        "frames": sum(row.frames for row in rows),
+        "decoded": sum(row.frames_decoded for row in rows),
+        "claimed_mismatches": sum(row.frames_claimed not in (None, row.frames_decoded) for row in rows),
+        "quarantined": sum(bool(result.reason) for result in results),
+        "merged_copies": sum(not result.reason for result in results) - len(rows),
+        "labelled": sum(row.label != "" for row in rows),
+        "patients": len({row.patient for row in rows} - {""}),
+        "stored_megabytes": round(sum(row.bytes for row in rows) / 1e6, 3),
+        "reused": sum(result.reused for result in results),
+        "seconds": round(seconds, 3),
+        "frames_per_second_processed": round(decoded / seconds, 1) if decoded else 0.0,
+        "cpu_ms_per_frame": round(1000 * cpu / decoded, 3) if decoded else 0.0,
+    }
+
+
+def _clean_scratch(scratch: Path) -> None:
+    """Remove halves that killed runs left a day ago or earlier; younger ones may belong to a run in progress."""
+    for part in scratch.glob(".*.part"):
+        try:
+            if time.time() - part.stat().st_mtime > 86400:
+                part.unlink()
+        except FileNotFoundError:
+            continue  # another run renamed or removed it in between
+
+
+def extract_source(source: str, config: Config, output: Path, report_folder: Path) -> dict[str, float]:
+    """Extract one source into the frame store `output`; metrics.json and contact sheets go to `report_folder`.
+
+    Args:
+        source: `main` (data.source), or a key of data.extra_sources.
+        config: The whole configuration; `data` and `extract` are used.
+        output: The frame store folder; files of earlier runs in it are replaced.
+        report_folder: Created when missing.
+
+    Returns:
+        The numbers of metrics.json, see `_metrics`.
+
+    Raises:
+        ConfigError: An unknown source, or a filter that matches nothing.
+        DataError: Disagreeing labels, nothing readable, a full disk, or (with `extract.on_error: fail`) any unreadable file,
+            after everything readable was written.
+    """
+    if source != "main" and source not in config.data.extra_sources:
+        raise ConfigError(f"source '{source}': unknown. Allowed: {', '.join(['main', *config.data.extra_sources])}")
+    started, params = time.perf_counter(), config.extract
+    found = read_labelled_media(source, config.data)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "manifest.csv").unlink(missing_ok=True)
+        scratch = scratch_folder("extract", extraction_fingerprint(params))
+        _clean_scratch(scratch)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error.strerror})") from None
+    tasks = [Task(item, params, found.labels[item.path].fps, scratch) for item in found.media]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = cores if params.workers == "auto" else max(1, params.workers)
+    results = _extract_all(tasks, min(wanted, len(tasks)))
+    quarantined = [result for result in results if result.reason]
+    rows = _rows(source, found, results, config.data.pseudonym_key)
+    manifest = _fill_output(output, scratch, rows, quarantined)
+    metrics = _metrics(manifest, results, time.perf_counter() - started)
+    write_json(report_folder / "metrics.json", metrics)
+    if rows:
+        store = FrameStore(output)
+        write_contact_sheets(store, report_folder)
+        store.close()
+    _tell(found.notes, quarantined, rows)
+    if quarantined and (params.on_error == "fail" or not rows):
+        raise DataError(_failures(quarantined, len(results)))
+    return metrics
+
+
+def _failures(quarantined: list[Extracted], total: int) -> str:
+    lines = [f"{len(quarantined)} of {total} files cannot be read:"]
+    lines += [f"  {result.path}: {result.reason}" for result in quarantined]
+    lines.append("Remove or replace them, or set extract.on_error: quarantine to go on without them.")
+    return "\n".join(lines)
+
+
+def _tell(notes: list[str], quarantined: list[Extracted], rows: list[VideoRow]) -> None:
+    """Notes, warnings (counted by kind) and unreadable files, together after the progress bar."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    counts: dict[str, int] = {}
+    for row in rows:
+        for text in filter(None, row.warnings.split("; ")):
+            # The same warning with other numbers is one kind.
+            kind = re.sub(r"\bP?[0-9a-f]*\d[0-9a-f]*\b", "#", text)
+            counts[kind] = counts.get(kind, 0) + 1
+    for text, count in counts.items():
+        print(f"warning: {count} of {len(rows)}: {text} (# is a number; see the column warnings of manifest.csv)", file=sys.stderr)
+    for result in quarantined:
+        print(f"unreadable: {result.path}: {result.reason}", file=sys.stderr)

@@ -1,0 +1,344 @@
+"""Labels tables: which file has which label and patient, checked against the folder, all problems reported at once.
+
+Without a table, class folders (`<class>/<file>`) give the labels. Patient ids leave this module as the table has them;
+`extract.py` replaces them by pseudonyms.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.config import DataParams
+from pipeline.data.video import Media, Survey, find_media
+from pipeline.errors import ConfigError, DataError
+from pipeline.registry import did_you_mean
+
+__all__ = ["Label", "LabelledMedia", "read_labelled_media"]
+
+COLUMN_NAMES = {
+    "path": ("path", "file", "filename", "video", "image", "name"),
+    "label": ("label", "class", "diagnosis", "target"),
+    "patient": ("patient", "patient_id", "subject", "subject_id", "case"),
+}
+"""Recognised column names, the first that exists wins; upper and lower case are equal."""
+_SHOWN = 20
+"""Problems listed in one error; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a table says of one file: label and patient id (empty when unknown), frames per second (None when unknown)."""
+
+    label: str = ""
+    patient: str = ""
+    fps: float | None = None
+
+
+@dataclass
+class LabelledMedia:
+    """The media of one source with their labels, in path order, and notes on everything left out or unlabelled."""
+
+    media: list[Media]
+    labels: dict[str, Label]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Row:
+    """One row of a table: where it stands, the path as written, what it says, and all its cells for `data.include`."""
+
+    where: str
+    path: str
+    said: Label
+    cells: dict[str, str]
+
+
+@dataclass
+class _Tables:
+    """All rows read, the columns seen, and problems that do not stop the reading."""
+
+    rows: list[_Row] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: int = 0
+
+
+def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
+    """Find the media of a source and attach labels, patients and filters.
+
+    `data.include` and `data.media` choose among the main source only; extra sources are taken whole.
+
+    Args:
+        source: `main`, or a key of `data.extra_sources`.
+        params: The `data` section.
+
+    Raises:
+        ConfigError: An `include` filter names a column or value that does not exist.
+        DataError: Missing folder or table, missing columns, or any disagreement between table and files; the message
+            lists all of them.
+    """
+    main = source == "main"
+    root = Path(params.source if main else params.extra_sources[source].path)
+    setting = params.labels if main else params.extra_sources[source].labels
+    include = params.include if main else {}
+    if not root.is_dir():
+        key = "data.source" if main else f"data.extra_sources.{source}.path"
+        raise DataError(f"{key}: folder '{root}' does not exist. Name the folder that holds the videos.")
+    tables = _read_tables(root, setting, params, strict=main)
+    tables.problems += [f"{row.where}: path '{row.path}' leads out of the folder" for row in tables.rows if _escapes(row)]
+    tables.rows = [row for row in tables.rows if not _escapes(row)]
+    survey = find_media(root, {row.path for row in tables.rows})
+    found = LabelledMedia(survey.media, {}, survey.notes + tables.notes)
+    if tables.files:
+        _attach(found, tables, survey)
+        if tables.problems:
+            raise DataError(_listing(f"{root}: the labels table and the files disagree", tables.problems))
+        if include:
+            _filter(found, tables, include)
+    elif tables.problems:
+        raise DataError(_listing(f"{root}: the labels tables cannot be used", tables.problems))
+    else:
+        if include:
+            raise ConfigError(f"data.include: needs a labels table, but none was found in {root} (data.labels: {setting})")
+        if setting == "auto":
+            _label_by_folder(found)
+    if main and params.media != "all":
+        found.media = [item for item in found.media if (item.kind == "image") == (params.media == "image")]
+    if not found.media:
+        told = "".join(f"\n  {note}" for note in found.notes)
+        raise DataError(f"{root}: no video or image to read is left (data.media: {params.media}){told}")
+    unlabelled = sum(not found.labels.get(item.path, Label()).label for item in found.media)
+    if unlabelled:
+        found.notes.append(f"{unlabelled} of {len(found.media)} files have no label and serve pretraining only")
+    found.labels = {item.path: found.labels.get(item.path, Label()) for item in found.media}
+    return found
+
+
+def _listing(title: str, problems: list[str]) -> str:
+    """Title and one line a problem, shortened after `_SHOWN`."""
+    lines = [f"{title}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", *(f"  {text}" for text in problems[:_SHOWN])]
+    if len(problems) > _SHOWN:
+        lines.append(f"  ... and {len(problems) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def _escapes(row: _Row) -> bool:
+    """Whether a path is absolute or climbs out of the folder."""
+    return row.path.startswith(("/", "../")) or row.path == ".." or (len(row.path) > 1 and row.path[1] == ":")
+
+
+def _read_tables(root: Path, setting: str, params: DataParams, strict: bool) -> _Tables:
+    """Read the tables `setting` names: none, all `*.csv` at the top of `root` (auto), or one file in `root`."""
+    tables = _Tables()
+    if setting == "none":
+        return tables
+    if setting == "auto":
+        paths = sorted(path for path in root.iterdir() if path.suffix.lower() == ".csv" and path.name[0] != ".")
+    else:
+        path = root / setting
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise DataError(f"labels table '{setting}': must lie inside the source folder {root}")
+        if not path.is_file():
+            near = did_you_mean(setting, [item.name for item in root.glob("*.csv")])
+            raise DataError(f"labels table '{setting}': not found in {root}.{near} Use auto, none, or a file name there.")
+        paths = [path]
+    for path in paths:
+        _read_table(path, params, tables, required=setting != "auto", strict=strict)
+    return tables
+
+
+def _read_table(path: Path, params: DataParams, tables: _Tables, required: bool, strict: bool) -> None:
+    """Append one table; without `required` (auto), a CSV file without usable columns is noted and skipped."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        tables.problems.append(f"{path.name}: not readable as UTF-8 text; save it as UTF-8 CSV")
+        return
+    header = text.splitlines()[0] if text.strip() else ""
+    # Spreadsheets write semicolons in many countries.
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        columns = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = columns
+        chosen = _choose_columns(path.name, columns, params, tables, required, strict)
+        if chosen is None:
+            return
+        tables.files += 1
+        tables.columns += [name for name in columns if name not in tables.columns]
+        for cells in reader:
+            where = f"{path.name} line {reader.line_num}"
+            if None in cells or None in cells.values():
+                tables.problems.append(f"{where}: does not have {len(columns)} cells like the header")
+                continue
+            _append_row(where, {name: cell.strip() for name, cell in cells.items()}, chosen, tables)
+    except csv.Error as error:
+        tables.problems.append(f"{path.name} line {reader.line_num}: not CSV ({error})")
+
+
+def _append_row(where: str, cells: dict[str, str], chosen: dict[str, str], tables: _Tables) -> None:
+    """Append one row; wholly empty rows (spreadsheets leave them at the end) are passed over."""
+    if not any(cells.values()):
+        return
+    written = cells[chosen["path"]]
+    if not written:
+        tables.problems.append(f"{where}: column {chosen['path']} is empty")
+        return
+    fps = None
+    named = next((name for name in cells if name.lower() == "fps"), None)
+    if named and cells[named]:
+        try:
+            fps = float(cells[named])
+        except ValueError:
+            fps = -1.0
+        if not 1 <= fps <= 1000:
+            tables.problems.append(f"{where}: column {named}: found '{cells[named]}', expected frames per second, 1 to 1000")
+            return
+    said = Label(cells.get(chosen.get("label", ""), ""), cells.get(chosen.get("patient", ""), ""), fps)
+    tables.rows.append(_Row(where, posixpath.normpath(written.replace("\\", "/")), said, cells))
+
+
+def _choose_columns(
+    name: str, columns: list[str], params: DataParams, tables: _Tables, required: bool, strict: bool
+) -> dict[str, str] | None:
+    """The column of each role (path, label, patient), or None when the table is skipped or wrong (then a problem is added)."""
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    chosen: dict[str, str] = {}
+    for role, setting in (("path", params.path_column), ("label", params.label_column), ("patient", params.patient_column)):
+        known = COLUMN_NAMES[role] if setting == "auto" else (setting.lower(),)
+        column = next((by_lower[item] for item in known if item in by_lower), None)
+        if column is not None:
+            chosen[role] = column
+        elif setting != "auto" and strict:
+            near = did_you_mean(setting, columns)
+            tables.problems.append(f"data.{role}_column: {name} has no column '{setting}'.{near} Found: {', '.join(columns)}")
+            return None
+    missing = [role for role in ("path", "label") if role not in chosen]
+    if not missing:
+        return chosen
+    nearest = {role: _nearest(role, columns) for role in missing}
+    slips = [f"'{found}' looks like a {role} column" for role, found in nearest.items() if found]
+    says = "; ".join(f"no {role} column (recognised: {', '.join(COLUMN_NAMES[role])})" for role in missing)
+    text = f"{name}: {says}. Found: {', '.join(columns) or 'nothing'}"
+    if "path" in chosen and "patient" in chosen and not required and not slips:
+        tables.notes.append(f"{text}; its files stay unlabelled")
+        return chosen
+    if required or ("path" in chosen and slips):
+        hint = f"; {' and '.join(slips)}" if slips else ""
+        tables.problems.append(f"{text}{hint}. Rename it or set {' and '.join(f'data.{role}_column' for role in missing)}")
+    else:
+        tables.notes.append(f"{text}; the table was not used")
+    return None
+
+
+def _nearest(role: str, columns: list[str]) -> str | None:
+    """A column whose name is nearly a recognised one, such as `diagnose` for `diagnosis`."""
+    for column in columns:
+        if difflib.get_close_matches(column.lower(), COLUMN_NAMES[role], n=1, cutoff=0.75):
+            return column
+    return None
+
+
+class _Finder:
+    """Finds the file a table means: by its path, or by a bare name or stem if that fits exactly one file."""
+
+    def __init__(self, media: Iterable[Media]) -> None:
+        self._exact: dict[str, str] = {}
+        self._loose: dict[str, list[str]] = {}
+        for item in media:
+            # Unicode has two spellings of an accented letter, and file systems and spreadsheets differ in which they use.
+            self._exact[unicodedata.normalize("NFC", item.path)] = item.path
+            name = posixpath.basename(item.path)
+            keys = {item.path, name, posixpath.splitext(item.path)[0], posixpath.splitext(name)[0]}
+            for key in {unicodedata.normalize("NFC", key) for key in keys}:
+                self._loose.setdefault(key, []).append(item.path)
+
+    def find(self, written: str) -> list[str]:
+        """All paths a table entry may mean; one if it is clear."""
+        key = unicodedata.normalize("NFC", written)
+        return [self._exact[key]] if key in self._exact else self._loose.get(key, [])
+
+    def hint(self, written: str) -> str:
+        """` Did you mean ...?` for a near path."""
+        return did_you_mean(written, self._exact.values())
+
+
+def _attach(found: LabelledMedia, tables: _Tables, survey: Survey) -> None:
+    """Match rows to files; disagreements are added to `tables.problems`. Sets each row's `path` to the file's."""
+    finder = _Finder(survey.media)
+    first: dict[str, _Row] = {}
+    hints = 0
+    for row in tables.rows:
+        matches = finder.find(row.path)
+        if len(matches) != 1:
+            what = f"fits several files ({', '.join(matches[:4])}); write the path" if matches else "does not exist"
+            # Near names cost a comparison with every file, so only the first few lines get them.
+            hint = finder.hint(row.path) if not matches and hints < 5 else ""
+            hints += not matches
+            tables.problems.append(f"{row.where}: file '{row.path}' {what}.{hint}")
+            continue
+        row.path = matches[0]
+        before = first.setdefault(row.path, row)
+        for role in ("label", "patient"):
+            old, new = getattr(before.said, role), getattr(row.said, role)
+            if old != new:
+                tables.problems.append(f"{row.where}: '{row.path}' has {role} '{new}', but '{old}' at {before.where}")
+    found.labels = {path: row.said for path, row in first.items()}
+
+
+def _filter(found: LabelledMedia, tables: _Tables, include: dict[str, list[str | int | float]]) -> None:
+    """Keep the files with a row that passes every `data.include` entry; files without a row are left out too."""
+    problems = []
+    lower = {column.lower(): column for column in reversed(tables.columns)}
+    keep = {row.path for row in tables.rows}
+    for column, wanted in include.items():
+        actual = column if column in tables.columns else lower.get(column.lower())
+        if actual is None:
+            near = did_you_mean(column, tables.columns)
+            problems.append(f"data.include.{column}: no such column.{near} Columns: {', '.join(tables.columns)}")
+            continue
+        counts = Counter(row.cells[actual] for row in tables.rows if actual in row.cells)
+        values = {_canonical(value) for value in counts}
+        for value in wanted:
+            if _canonical(value) not in values:
+                near = did_you_mean(str(value), counts)
+                shown = ", ".join(f"'{text}' ({count})" for text, count in counts.most_common(12))
+                problems.append(f"data.include.{column}: no row has the value '{value}'.{near} Values: {shown}")
+        allowed = {_canonical(value) for value in wanted}
+        keep &= {row.path for row in tables.rows if actual in row.cells and _canonical(row.cells[actual]) in allowed}
+    if problems:
+        raise ConfigError(_listing("data.include matches nothing", problems))
+    if not keep:
+        raise ConfigError("data.include: no row passes all conditions together; each of them alone matches some")
+    left_out = len(found.media) - sum(item.path in keep for item in found.media)
+    found.media = [item for item in found.media if item.path in keep]
+    if left_out:
+        found.notes.append(f"data.include leaves out {left_out} files")
+
+
+def _canonical(value: str | int | float) -> str:
+    """Numbers compare as numbers (`1` in params.yaml is `1.0` in a table), everything else as text."""
+    try:
+        return repr(float(value))
+    except ValueError:
+        return str(value).strip()
+
+
+def _label_by_folder(found: LabelledMedia) -> None:
+    """`<class>/<file>` for every file and at least two classes; any other layout gives no labels."""
+    parts = [item.path.split("/") for item in found.media]
+    classes = sorted({part[0] for part in parts if len(part) == 2})
+    if len(classes) >= 2 and all(len(part) == 2 for part in parts):
+        found.labels = {item.path: Label(label=part[0]) for item, part in zip(found.media, parts, strict=True)}
+        found.notes.append(f"no labels table: the folders {', '.join(classes)} give the labels, patients are unknown")
+    else:
+        found.notes.append("no labels table and no class folders: everything is unlabelled")

@@ -1,0 +1,186 @@
+"""The table every stage shares: one row a video or still image, with pseudonymous patient, label, counts and warnings.
+
+Schema 1, UTF-8 CSV sorted by the bytes of `path`. Reading is strict: a wrong cell is named by file, row and column.
+"""
+
+from __future__ import annotations
+
+import csv
+import hmac
+import io
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from pipeline.errors import DataError
+from pipeline.files import atomic_write, hash_bytes
+
+__all__ = ["SCHEMA", "Manifest", "VideoRow", "merge_identical", "pseudonym"]
+
+SCHEMA = 1
+_VIDEO_ID = re.compile(r"[0-9a-f]{16}")
+_CHOICES = {
+    "kind": ("video", "image", "frames"),
+    "fps_source": ("container", "table", "assumed", "none"),
+    "channels": ("1", "3"),
+}
+_OPTIONAL_NUMBERS = ("fps", "frames_claimed")
+
+
+@dataclass(frozen=True)
+class VideoRow:
+    """One video, still image (1 frame) or frame folder of the frame store. Sizes are pixels, `bytes` is the size of the tar."""
+
+    video: str
+    """First 16 hex digits of `sha256`; names the files of the store."""
+    source: str
+    path: str
+    """Relative to the source folder. Local knowledge: never sent to tracking."""
+    sha256: str
+    patient: str
+    """Pseudonym, or empty when unknown."""
+    label: str
+    """Empty when unlabelled."""
+    kind: str
+    frames: int
+    """Frames in the store."""
+    frames_decoded: int
+    frames_claimed: int | None
+    fps: float | None
+    fps_source: str
+    width: int
+    height: int
+    stored_width: int
+    stored_height: int
+    channels: int
+    bytes: int
+    warnings: str = ""
+    """Separated by `; `."""
+    schema: int = SCHEMA
+
+
+COLUMNS = ("schema", *(field.name for field in fields(VideoRow) if field.name != "schema"))
+
+
+def pseudonym(patient: str, key: str) -> str:
+    """`P` and 10 hex digits of HMAC-SHA256 of a patient id of the table; an empty id (unknown) stays empty."""
+    if not patient:
+        return ""
+    return "P" + hmac.new(key.encode("utf-8"), patient.encode("utf-8"), "sha256").hexdigest()[:10]
+
+
+def merge_identical(rows: list[VideoRow]) -> list[VideoRow]:
+    """One row for each content: files with equal bytes are one video, whatever they are called.
+
+    A contradiction is never decided silently: differing labels leave the row unlabelled, differing patients keep the
+    smaller pseudonym, and `warnings` says so (naming both pseudonyms). Unknown labels and patients contradict nothing.
+    """
+    by_video: dict[str, list[VideoRow]] = {}
+    for row in sorted(rows, key=lambda item: os.fsencode(item.path)):
+        by_video.setdefault(row.video, []).append(row)
+    merged = []
+    for group in by_video.values():
+        first = group[0]
+        if len(group) > 1:
+            labels = sorted({row.label for row in group} - {""})
+            patients = sorted({row.patient for row in group} - {""})
+            notes = [first.warnings] if first.warnings else []
+            notes.append(f"same content in {len(group)} files")
+            if len(labels) > 1:
+                notes.append(f"same content under two labels: {' '.join(labels)}")
+            if len(patients) > 1:
+                notes.append(f"same content under two patients: {' '.join(patients)}")
+            first = replace(
+                first, label=labels[0] if len(labels) == 1 else "", patient=patients[0] if patients else "",
+                warnings="; ".join(notes),
+            )
+        merged.append(first)
+    return merged
+
+
+class Manifest:
+    """All rows of one source, sorted by the bytes of `path`."""
+
+    def __init__(self, rows: list[VideoRow]) -> None:
+        self.rows = sorted(rows, key=lambda row: os.fsencode(row.path))
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            DataError: Naming file, row and column of the first wrong cell, or the missing columns.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise DataError(f"{path}: not found. Run the extract stage first (dvc repro extract).") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise DataError(f"{path}: columns missing: {', '.join(missing)}. Found: {', '.join(reader.fieldnames or [])}")
+        try:
+            rows = [_parse(path, number, cells) for number, cells in enumerate(reader, start=2)]
+        except csv.Error as error:
+            raise DataError(f"{path}: row {reader.line_num}: not CSV ({error})") from None
+        seen: set[str] = set()
+        for number, row in enumerate(rows, start=2):
+            if row.video in seen:
+                raise DataError(f"{path}: row {number}, column video: {row.video} appears twice")
+            seen.add(row.video)
+        return cls(rows)
+
+    def write(self, path: Path) -> None:
+        """Write the table atomically."""
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            cells = asdict(row)
+            cells.update({name: "" for name in _OPTIONAL_NUMBERS if cells[name] is None})
+            writer.writerow(cells)
+        atomic_write(path, out.getvalue())
+
+    def digest(self) -> str:
+        """SHA-256 over the rows in order, independent of CSV quoting; 64 hex digits."""
+        return hash_bytes(*(json.dumps(asdict(row), sort_keys=True) for row in self.rows))
+
+
+def _number(path: Path, row: int, column: str, cell: str, kind: type[int] | type[float]) -> int | float:
+    try:
+        value = kind(cell)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise DataError(f"{path}: row {row}, column {column}: found {cell!r}, expected a number of at least 0")
+    return value
+
+
+def _parse(path: Path, row: int, cells: dict[str | None, str | None]) -> VideoRow:
+    """One checked row of the CSV file; `row` is its line number for messages."""
+    if None in cells or any(cells[name] is None for name in COLUMNS):
+        raise DataError(f"{path}: row {row}: more or fewer cells than the {len(COLUMNS)} columns")
+    if cells["schema"] != str(SCHEMA):
+        raise DataError(f"{path}: row {row}, column schema: found {cells['schema']!r}, this version reads {SCHEMA}")
+    if not _VIDEO_ID.fullmatch(cells["video"] or ""):
+        # The id becomes a file name, so nothing but hex digits may pass.
+        raise DataError(f"{path}: row {row}, column video: found {cells['video']!r}, expected 16 hex digits")
+    for column, allowed in _CHOICES.items():
+        if cells[column] not in allowed:
+            raise DataError(f"{path}: row {row}, column {column}: found {cells[column]!r}, allowed: {', '.join(allowed)}")
+    values: dict[str, str | int | float | None] = {}
+    for item in fields(VideoRow):
+        cell = cells[item.name] or ""
+        if item.name in _OPTIONAL_NUMBERS and cell == "":
+            values[item.name] = None
+        elif item.type.startswith("str"):
+            values[item.name] = cell
+        else:
+            values[item.name] = _number(path, row, item.name, cell, float if item.type.startswith("float") else int)
+    return VideoRow(**values)

@@ -1,0 +1,409 @@
+"""From media files to JPEG frames: finds video, still images and frame folders in a folder and decodes them in order.
+
+Containers are recognised by content, never by extension, and never sought in: several real clips land on a wrong frame
+after a seek, and a header's frame count is only a claim. Not for labels (`labels.py`) or storage (`store.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.config import ExtractParams
+from pipeline.errors import DataError
+from pipeline.files import hash_bytes, hash_file
+
+# FFmpeg reads these when a file is opened. Only real containers are allowed: a play list renamed to clip.mp4 would
+# otherwise make it open other files of the machine (probed: an ffconcat text file did).
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,avi,gif,matroska,webm,mpeg,mpegts,mpegvideo,m4v,mjpeg,h264,hevc,asf,flv,ogg,mxf,dv,nut,ivf,rm"
+)
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"protocol_whitelist;file|format_whitelist;{_CONTAINERS}"
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+import cv2  # noqa: E402 - after the variables above
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+__all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_media"]
+
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
+VIDEO_EXTENSIONS = frozenset(
+    ".mp4 .m4v .mov .avi .mpeg .mpg .mpe .gif .mkv .webm .wmv .asf .flv .ogv .3gp .mts .m2ts .ts .vob .dv .mxf .mjpeg .mjpg"
+    " .h264 .264 .h265 .hevc .nut".split()
+)
+ASSUMED_FPS = 25.0
+"""Used only where sampling by time is asked for and neither container nor table states a usable rate."""
+
+_STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
+_NUMBERED = re.compile(r"\d+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Media:
+    """One video, still image or frame folder.
+
+    `path` is relative to the source folder with `/` as separator; `kind` is `video`, `image` or `frames`.
+    """
+
+    path: str
+    kind: str
+    location: Path
+
+
+@dataclass
+class Survey:
+    """What a walk through a folder found: media sorted by the bytes of their paths, and one note for all that was left out."""
+
+    media: list[Media] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _sniff(path: Path) -> str:
+    """`image` or `video`, by the first bytes; unreadable files count as video and fail when opened, with a reason."""
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(16)
+    except OSError:
+        return "video"
+    return "image" if head.startswith(_STILL_MAGIC) else "video"
+
+
+def _is_frame_folder(folder: Path, names: list[str], subfolders: list[str], single: Collection[str], root: Path) -> bool:
+    """Whether a folder holds nothing but two or more images named by numbers, none of which a table names by itself."""
+    if subfolders or len(names) < 2 or folder == root:
+        return False
+    for name in names:
+        path = Path(name)
+        if path.suffix.lower() not in IMAGE_EXTENSIONS or not _NUMBERED.fullmatch(path.stem):
+            return False
+    return not any((folder / name).relative_to(root).as_posix() in single for name in names)
+
+
+def find_media(root: Path, named: Collection[str] = ()) -> Survey:
+    """Walk `root` and return its media.
+
+    Hidden files and links that lead out of the folder are skipped. Extensions (in any case) only choose candidates.
+
+    Args:
+        root: The source folder.
+        named: Relative paths a labels table names. They are taken whatever their extension, and an image among them is
+            a still of its own even where its folder looks like an extracted video.
+
+    Raises:
+        DataError: The folder does not exist.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: the source folder does not exist. Set data.source (or data.extra_sources) to a folder.")
+    home = root.resolve()
+    survey, skipped, outside = Survey(), Counter(), 0
+    named = frozenset(named)
+    for current, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folder = Path(current)
+        inside = []
+        for name in sorted(name for name in names if not name.startswith(".") and name != "Thumbs.db"):
+            if (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(home):
+                outside += 1
+            else:
+                inside.append(name)
+        outside += sum(
+            (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(home) for name in folders
+        )
+        if _is_frame_folder(folder, inside, folders, named, root):
+            survey.media.append(Media(folder.relative_to(root).as_posix(), "frames", folder))
+            continue
+        for name in inside:
+            path = folder / name
+            relative, extension = path.relative_to(root).as_posix(), path.suffix.lower()
+            if relative in named or extension in IMAGE_EXTENSIONS or extension in VIDEO_EXTENSIONS:
+                survey.media.append(Media(relative, _sniff(path), path))
+            elif extension != ".csv":
+                skipped[extension or "no extension"] += 1
+    survey.media.sort(key=lambda item: os.fsencode(item.path))
+    if outside:
+        survey.notes.append(f"{outside} links lead out of the source folder and were skipped")
+    if skipped:
+        listed = ", ".join(f"{count} {extension}" for extension, count in skipped.most_common(8))
+        survey.notes.append(f"files of other types were skipped: {listed}")
+    return survey
+
+
+def _frame_files(folder: Path) -> list[Path]:
+    """The images of a frame folder in the order of their numbers."""
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and path.name[0] != "."]
+    return sorted(files, key=lambda path: (int(path.stem), path.name))
+
+
+def content_hash(media: Media) -> str:
+    """SHA-256 of a file, or of the names and contents of a frame folder; 64 hex digits.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        if media.kind != "frames":
+            return hash_file(media.location)
+        return hash_bytes(*(part for path in _frame_files(media.location) for part in (path.name, hash_file(path))))
+    except OSError as error:
+        raise DataError(f"{media.path}: cannot be read ({error.strerror})") from None
+
+
+@dataclass
+class Facts:
+    """What reading a medium established. `fps_source` is container, table, assumed or none; sizes are in pixels."""
+
+    frames: int = 0
+    frames_decoded: int = 0
+    frames_claimed: int | None = None
+    fps: float | None = None
+    fps_source: str = "none"
+    width: int = 0
+    height: int = 0
+    stored_width: int = 0
+    stored_height: int = 0
+    channels: int = 1
+    warnings: list[str] = field(default_factory=list)
+
+
+class _Frames(Protocol):
+    """A sequence read strictly forward: `grab` moves to the next frame, `retrieve` gives it as uint8 BGR or grey."""
+
+    claimed: int | None
+    fps: float | None
+
+    def grab(self) -> bool: ...
+
+    def retrieve(self) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
+class _Container:
+    """A video file or GIF, decoded by FFmpeg through OpenCV on one thread."""
+
+    def __init__(self, media: Media, max_pixels: int) -> None:
+        self._path = media.path
+        self._capture = cv2.VideoCapture(
+            os.path.abspath(media.location), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]
+        )
+        if not self._capture.isOpened():
+            raise DataError(f"{media.path}: not a video that can be opened (damaged, cut off, or another kind of file)")
+        width, height = (int(self._capture.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        _check_pixels(media.path, width, height, max_pixels)
+        claimed = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.claimed = int(claimed) if math.isfinite(claimed) and 0 < claimed < 1e9 else None
+        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        self.fps = float(fps) if math.isfinite(fps) and 1 <= fps <= 1000 else None
+
+    def grab(self) -> bool:
+        return self._capture.grab()
+
+    def retrieve(self) -> np.ndarray:
+        ok, frame = self._capture.retrieve()
+        if not ok or frame is None:
+            raise DataError(f"{self._path}: a frame could not be converted to a picture")
+        return frame
+
+    def close(self) -> None:
+        self._capture.release()
+
+
+class _Stills:
+    """One still image, or the images of a frame folder."""
+
+    def __init__(self, media: Media, max_pixels: int, warnings: list[str]) -> None:
+        self._name, self._max_pixels, self._warnings = media.path, max_pixels, warnings
+        self._files = [media.location] if media.kind == "image" else _frame_files(media.location)
+        self._next = 0
+        self.claimed: int | None = len(self._files)
+        self.fps: float | None = None
+
+    def grab(self) -> bool:
+        self._next += 1
+        return self._next <= len(self._files)
+
+    def retrieve(self) -> np.ndarray:
+        path = self._files[self._next - 1]
+        name = self._name if len(self._files) == 1 else f"{self._name}/{path.name}"
+        try:
+            # Pillow reads the header alone, so a bomb is refused before its pixels are unpacked.
+            with Image.open(path) as header:
+                (width, height), mode, pages = header.size, header.mode, getattr(header, "n_frames", 1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            raise DataError(f"{name}: not an image that can be opened (empty, damaged or cut off)") from None
+        _check_pixels(name, width, height, self._max_pixels)
+        if pages > 1:
+            _note(self._warnings, f"still with {pages} pages: only the first is kept")
+        if mode.startswith(("I", "F")):
+            _note(self._warnings, "more than 8 bits a pixel: only the upper 8 are kept")
+        frame = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        if frame is None:
+            raise DataError(f"{name}: the image cannot be decoded (damaged or cut off)")
+        return frame
+
+    def close(self) -> None:
+        self._files = []
+
+
+def _note(warnings: list[str], text: str) -> None:
+    if text not in warnings:
+        warnings.append(text)
+
+
+def _check_pixels(path: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise DataError(
+            f"{path}: {width} x {height} pixels are more than extract.max_pixels ({max_pixels}); raise it if this is right"
+        )
+
+
+class _Thinner:
+    """Keeps evenly spaced frames of a sequence of unknown length, in bounded memory and without a second pass.
+
+    Every `stride`-th frame is kept; when eight times the wanted number lie in memory the stride doubles. The final choice is
+    exact for short videos and off by at most an eighth of the spacing for long ones, and frames between are never encoded.
+    """
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted, self._stride = wanted, 1
+        self._kept: list[bytes] = []
+        self._seen = 0
+
+    def wants_next(self) -> bool:
+        """Whether the next frame must be encoded; otherwise call `skip`."""
+        return self._seen % self._stride == 0
+
+    def skip(self) -> None:
+        """Count a frame that is not encoded."""
+        self._seen += 1
+
+    def add(self, jpeg: bytes) -> None:
+        """Take the next frame."""
+        self._kept.append(jpeg)
+        self._seen += 1
+        if len(self._kept) >= 8 * self._wanted:
+            self._kept = self._kept[::2]
+            self._stride *= 2
+
+    def result(self) -> list[bytes]:
+        """At most `wanted` frames, from the first to the last seen; of one wanted frame, the middle one."""
+        count = min(self._wanted, self._seen)
+        places = np.linspace(0, self._seen - 1, count) if count > 1 else np.full(count, (self._seen - 1) / 2)
+        indices = np.minimum(np.rint(places / self._stride).astype(int), len(self._kept) - 1)
+        return [self._kept[index] for index in dict.fromkeys(indices.tolist())]
+
+
+class MediaReader:
+    """Decodes one medium once, in order, into JPEG frames; `facts` is complete when `jpegs` is exhausted."""
+
+    def __init__(self, media: Media, params: ExtractParams, table_fps: float | None = None) -> None:
+        """`table_fps` is a frame rate from the labels table, used where the container states none."""
+        self.media, self.params, self._table_fps = media, params, table_fps
+        self.facts = Facts(channels=1 if params.color == "gray" else 3)
+
+    def jpegs(self) -> Iterator[bytes]:
+        """The kept frames as JPEG bytes: grey as one channel, otherwise three.
+
+        Raises:
+            DataError: Naming the relative path: empty, damaged, of another type, too large, or without any frame.
+        """
+        try:
+            if self.media.kind != "frames" and self.media.location.stat().st_size == 0:
+                raise DataError(f"{self.media.path}: the file is empty")
+            frames = self._open()
+        except OSError as error:
+            raise DataError(f"{self.media.path}: cannot be read ({error.strerror})") from None
+        try:
+            yield from self._read(frames)
+        except (cv2.error, MemoryError) as error:
+            raise DataError(f"{self.media.path}: decoding failed ({type(error).__name__})") from None
+        finally:
+            frames.close()
+
+    def _open(self) -> _Frames:
+        frames: _Frames
+        if self.media.kind == "video":
+            frames = _Container(self.media, self.params.max_pixels)
+        else:
+            frames = _Stills(self.media, self.params.max_pixels, self.facts.warnings)
+        facts, rate = self.facts, self.params.frames_per_second
+        facts.frames_claimed = frames.claimed
+        if self.media.kind == "image":
+            return frames
+        if frames.fps is not None:
+            facts.fps, facts.fps_source = frames.fps, "container"
+        elif self._table_fps is not None:
+            facts.fps, facts.fps_source = self._table_fps, "table"
+        elif rate is not None and self.media.kind == "video":
+            facts.fps, facts.fps_source = ASSUMED_FPS, "assumed"
+            facts.warnings.append(f"frame rate unknown: {ASSUMED_FPS:g} per second assumed for sampling")
+        elif rate is not None:
+            facts.warnings.append("frame rate unknown: every frame kept")
+        return frames
+
+    def _read(self, frames: _Frames) -> Iterator[bytes]:
+        facts, rate = self.facts, self.params.frames_per_second
+        thinner = _Thinner(self.params.max_frames) if self.params.max_frames is not None else None
+        step = None if rate is None or facts.fps is None else rate / facts.fps
+        slot = -1
+        while frames.grab():
+            index = facts.frames_decoded
+            facts.frames_decoded += 1
+            if step is not None:
+                # The small term keeps exact ratios (10 of 30 a second) from losing a frame to rounding.
+                reached = math.floor(index * step + 1e-9)
+                if reached <= slot:
+                    continue
+                slot = reached
+            if thinner is not None and not thinner.wants_next():
+                thinner.skip()
+                continue
+            jpeg = self._encode(frames.retrieve())
+            if thinner is not None:
+                thinner.add(jpeg)
+            else:
+                facts.frames += 1
+                yield jpeg
+        self._close_count()
+        if thinner is not None:
+            kept = thinner.result()
+            facts.frames = len(kept)
+            yield from kept
+
+    def _close_count(self) -> None:
+        """Compare what was decoded with what the header claims."""
+        facts = self.facts
+        if facts.frames_decoded == 0:
+            raise DataError(f"{self.media.path}: no frame could be decoded (empty, damaged or cut off)")
+        if facts.frames_claimed is not None and facts.frames_claimed != facts.frames_decoded:
+            facts.warnings.append(f"decoded {facts.frames_decoded} frames where the header claims {facts.frames_claimed}")
+
+    def _encode(self, frame: np.ndarray) -> bytes:
+        facts = self.facts
+        height, width = frame.shape[:2]
+        _check_pixels(self.media.path, width, height, self.params.max_pixels)
+        if facts.width == 0:
+            facts.width, facts.height = width, height
+            scale = min(1.0, self.params.short_side / min(width, height))
+            facts.stored_width, facts.stored_height = (max(1, round(side * scale)) for side in (width, height))
+        elif (width, height) != (facts.width, facts.height):
+            _note(facts.warnings, "the frame size changes inside; all were resized to the first")
+        # Grey first: shrinking one channel instead of three was measured 1.75 times cheaper for the whole frame.
+        if facts.channels == 1 and frame.ndim == 3:
+            frame = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+        size = (facts.stored_width, facts.stored_height)
+        if (frame.shape[1], frame.shape[0]) != size:
+            frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        ok, jpeg = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, self.params.jpeg_quality])
+        if not ok:
+            raise DataError(f"{self.media.path}: a frame of {size[0]} x {size[1]} pixels cannot be stored as JPEG")
+        return jpeg.tobytes()
