@@ -54,6 +54,8 @@ class Appearance:
     """Part of the chest wall that is subcutaneous fat; the rest is muscle."""
     speckle: float
     """Size of a speckle grain relative to the default."""
+    compounding: float
+    """How far the scanner smooths speckle: 0 leaves it Rayleigh distributed, 1 removes it."""
     dynamic_range: float
     """Decibels between black and white."""
     gamma: float
@@ -114,7 +116,7 @@ def _a_lines(world: _World, strength: float) -> None:
     lines = 1 / world.u.size * _WORLD
     patches = np.clip(0.75 + 0.35 * _curve(world.rng, world.u.size, 0.12 / lines), 0.15, 1.3)
     for order in range(1, 6):
-        width = max(0.009 + 0.003 * order, 0.8 / world.d.size)
+        width = max(0.007 + 0.002 * order, 0.75 / world.d.size)
         echo = np.exp(-0.5 * ((world.d - order * world.pleura) / width) ** 2)
         world.mirror += strength * 0.72 ** (order - 1) * patches * echo
         # The layers above the pleura are repeated too, faint and smeared.
@@ -125,7 +127,7 @@ def _a_lines(world: _World, strength: float) -> None:
 def _comet_tail(world: _World, position: float, width: float, strength: float, length: float) -> None:
     """Add one vertical artefact from the pleura downwards; `length` is the depth over which it fades (1/e)."""
     wander = 0.15 * width * _smooth(world.rng, (world.d.size, 1), world.d.size / 8, 0.0)
-    spread = width * (1 + 0.7 * world.d)
+    spread = width * (1 + 0.5 * world.d)
     profile = np.exp(-0.5 * ((world.u - position - wander) / spread) ** 2) * np.exp(-world.d / length)
     ringing = 1 + 0.3 * np.cos(2 * np.pi * world.d / world.rng.uniform(0.025, 0.05) + world.rng.uniform(0, 6.3))
     world.scatter += strength * profile * ringing
@@ -142,12 +144,12 @@ def _healthy(world: _World) -> None:
 def _b_lines(world: _World) -> None:
     """Three to six comet tails in view that reach the bottom; they erase the A-lines."""
     _a_lines(world, world.rng.uniform(0.015, 0.05))
-    count = int(world.rng.integers(3, 7))
+    count = int(world.rng.integers(4, 7))
     start = world.rng.uniform(0, 1)
     for index in range(int(count * _WORLD)):
-        position = (index + start + world.rng.uniform(-0.28, 0.28)) / count - 0.5 * _WORLD
-        width = world.rng.uniform(0.012, 0.028)
-        _comet_tail(world, position, width, world.rng.uniform(0.22, 0.5), world.rng.uniform(1.5, 4.0))
+        position = (index + start + world.rng.uniform(-0.25, 0.25)) / count - 0.5 * _WORLD
+        width = world.rng.uniform(0.007, 0.02)
+        _comet_tail(world, position, width, world.rng.uniform(0.2, 0.6), world.rng.uniform(1.5, 4.0))
     # Interstitial oedema roughens the pleura itself.
     world.mirror[: max(2, world.d.size // 40)] *= np.clip(1 + 0.3 * _curve(world.rng, world.u.size, 2.0), 0.2, 2)
 
@@ -155,27 +157,29 @@ def _b_lines(world: _World) -> None:
 def _consolidation(world: _World) -> None:
     """Subpleural regions of tissue echo with a shredded lower border and bright air bronchograms."""
     rng, rows, columns = world.rng, world.d.size, world.u.size
-    _a_lines(world, rng.uniform(0.03, 0.1))
+    _a_lines(world, rng.uniform(0.02, 0.07))
     aperture = columns / _WORLD
     depth = np.zeros(columns, np.float32)
-    spacing = rng.uniform(0.62, 0.8)
-    for centre in np.arange(-0.5 * _WORLD + rng.uniform(0, spacing), 0.5 * _WORLD, spacing):
-        half, height = rng.uniform(0.22, 0.33), rng.uniform(0.2, 0.42)
-        bump = np.clip(1 - np.abs((world.u - centre) / half) ** 2.5, 0, None)
-        depth = np.maximum(depth, height * bump**0.6)
-    ragged = 0.035 * _curve(rng, columns, 0.04 * aperture) + 0.022 * _curve(rng, columns, 0.012 * aperture)
-    shred = 0.035 * _smooth(rng, (rows, columns), 0.018 * rows, 0.02 * aperture)
-    inside = depth + np.where(depth > 0.02, ragged + shred, 0) - world.d
-    region = 1 / (1 + np.exp(-np.clip(inside / 0.007, -30, 30)))
-    border = np.exp(-0.5 * (inside / 0.011) ** 2) * (depth > 0.02)
-    fade = np.exp(-np.clip(-inside, 0, None) / 0.2) * (1 - region) * (depth > 0.02)
-    streaks = np.clip(0.5 + 0.5 * _curve(rng, columns, 0.012 * aperture), 0, 1.5)
-    tissue = 0.1 * (1 + 0.35 * _smooth(rng, (rows, columns), 0.03 * rows, 0.05 * aperture)).clip(0.3, 2)
-    world.mirror *= 1 - 0.85 * region * (world.d > 0.02)
-    world.mirror[: max(2, rows // 30)] *= np.clip(1 - 0.55 * (depth > 0.02) + 0.2 * _curve(rng, columns, 3.0), 0.15, 1.2)
-    world.scatter += region * tissue + 0.13 * fade * streaks
-    world.mirror += 0.5 * border * np.clip(0.6 + 0.5 * _curve(rng, columns, 0.02 * aperture), 0.05, 1.5)
-    world.mirror += region * _bronchograms(rng, depth, rows, columns)
+    spacing = rng.uniform(0.85, 1.0)
+    for centre in np.arange(-0.5 * _WORLD + rng.uniform(-0.4, 0.4), 0.5 * _WORLD + 0.4, spacing):
+        half, height = rng.uniform(0.3, 0.42), rng.uniform(0.25, 0.5)
+        bump = np.clip(1 - ((world.u - centre) / half) ** 2, 0, None)
+        depth = np.maximum(depth, height * bump)
+    touched = np.clip(depth / 0.1, 0, 1)
+    shred = 0.03 * _curve(rng, columns, 0.03 * aperture) + 0.04 * _smooth(rng, (rows, columns), 0.02 * rows, 0.025 * aperture)
+    inside = depth + touched * shred - world.d
+    region = 1 / (1 + np.exp(-np.clip(inside / 0.008, -30, 30)))
+    # The lung beyond is aerated again: a broken bright edge, and dirty tails that fade below it.
+    flecks = np.clip(0.35 + 0.7 * _smooth(rng, (rows, columns), 0.012 * rows, 0.018 * aperture), 0, 2.2)
+    border = touched * flecks * np.exp(-0.5 * ((inside + 0.008) / 0.016) ** 2)
+    streaks = np.clip(0.8 + 0.25 * _curve(rng, columns, 0.02 * aperture), 0.35, 1.6)
+    tails = touched * streaks * np.exp(-np.clip(-inside, 0, None) / 0.4) * (1 - region)
+    tissue = 0.075 * np.clip(1 + 0.35 * _smooth(rng, (rows, columns), 0.03 * rows, 0.05 * aperture), 0.3, 2)
+    pleura = np.exp(-world.d / 0.02)
+    world.mirror *= 1 - touched * (0.85 - 0.25 * pleura)
+    world.scatter *= 1 - touched * (0.8 - 0.3 * pleura)
+    world.scatter += region * tissue + 0.16 * tails
+    world.mirror += 0.5 * border + region * _bronchograms(rng, depth, rows, columns)
 
 
 def _bronchograms(rng: np.random.Generator, depth: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -183,9 +187,9 @@ def _bronchograms(rng: np.random.Generator, depth: np.ndarray, rows: int, column
     canvas = np.zeros((rows, columns), np.float32)
     places = np.flatnonzero(depth > 0.1)
     thickness = max(1, round(rows / 110))
-    for column in rng.choice(places, min(places.size, 30), replace=False) if places.size else ():
-        row = float(rng.uniform(0.15, 0.8) * depth[column] * rows)
-        angle, reach = rng.uniform(-0.9, 0.9), rng.uniform(0.0, 0.05) * rows
+    for column in rng.choice(places, min(places.size, 36), replace=False) if places.size else ():
+        row = float(rng.uniform(0.15, 0.75) * depth[column] * rows)
+        angle, reach = rng.uniform(-1.2, 1.2), max(0.0, rng.uniform(-0.04, 0.05)) * rows
         end = (round(float(column + reach * np.cos(angle))), round(row + reach * np.sin(angle)))
         cv2.line(canvas, (int(column), round(row)), end, float(rng.uniform(0.4, 1.3)), thickness, cv2.LINE_8)
     return cv2.GaussianBlur(canvas, (0, 0), max(0.5, rows / 260))
@@ -232,7 +236,7 @@ def _add_ribs(rng: np.random.Generator, u: np.ndarray, scatter: np.ndarray, mirr
     for centre in np.arange(-0.5 * _WORLD + rng.uniform(0, spacing), 0.5 * _WORLD, spacing):
         across = (u - centre) / rng.uniform(0.075, 0.12)
         surface = rng.uniform(0.5, 0.62) + 0.16 * across**2
-        near = np.clip(1.15 - np.abs(across), 0, 0.15) / 0.15
+        near = np.clip(1.2 - np.abs(across), 0, 0.3) / 0.3
         shadow = 1 - near * 0.97 / (1 + np.exp(-np.clip((zeta - surface - 0.02) / 0.015, -30, 30)))
         scatter *= shadow
         mirror *= shadow
@@ -266,7 +270,9 @@ def _scan_maps(look: Appearance, height: int, width: int, rows: int, lines: int)
     if look.probe == "convex":
         angle, radius = look.half_angle, look.face_radius
         top = radius * np.cos(angle)
-        scale = min(0.98 * width / (2 * (radius + 1) * np.sin(angle)), 0.98 * height / (radius + 1 - top))
+        # Scanners fill the height and cut the corners of the sector, but not much of it.
+        widest = 1.15 * width / (2 * (radius + 1) * np.sin(angle))
+        scale = min(widest, 0.98 * height / (radius + 1 - top))
         across = (x - 0.5 * (width - 1)) / scale
         down = y / scale + top - 0.01 * height / scale
         z = np.hypot(across, down) - radius
@@ -327,11 +333,11 @@ class PhantomClip:
         """Probe, breath and heart: one value a frame. The noise map is shifted at random."""
         look, t = self.look, np.arange(self.frames) / self.rate
         direction = rng.choice([-1.0, 1.0])
-        sweep = np.sin(2 * np.pi * (t / rng.uniform(10, 14) + rng.uniform(-0.16, -0.06)))
-        breath = np.sin(2 * np.pi * (t * rng.uniform(0.22, 0.4) + rng.uniform(0, 1)))
+        sweep = np.sin(2 * np.pi * (t / rng.uniform(14, 20) + rng.uniform(-0.12, -0.06)))
+        breath = np.sin(2 * np.pi * (t * rng.uniform(0.2, 0.33) + rng.uniform(0, 1)))
         beat = np.sin(2 * np.pi * (t * rng.uniform(1.0, 1.6) + rng.uniform(0, 1))) ** 5
         self._centre = direction * rng.uniform(0.42, 0.55) * sweep
-        self._slide = rng.uniform(0.03, 0.06) * breath + 0.006 * beat
+        self._slide = rng.uniform(0.025, 0.05) * breath + 0.006 * beat
         self._press = 0.012 * breath + 0.004 * beat
         # The image plane leaves its tissue slowly, and with it the speckle pattern.
         self._turn = t * rng.uniform(0.25, 0.5)
@@ -341,6 +347,8 @@ class PhantomClip:
         across = np.linspace(-1, 1, self.lines, dtype=np.float32)
         decibels = look.slope * z + knots - rng.uniform(1, 6) * np.abs(across) ** 4
         self._compensation = (10 ** (decibels / 20)).astype(np.float32)
+        # Smooth reflectors answer best where the beam meets them at a right angle, in the middle of the picture.
+        self._facing = 1 - rng.uniform(0.3, 0.75) * across**2
         self._floor = (look.noise * 10 ** (0.5 * z)).astype(np.float32)
 
     def _beam_image(self, index: int) -> np.ndarray:
@@ -358,9 +366,10 @@ class PhantomClip:
         cos, sin = np.float32(np.cos(self._turn[index])), np.float32(np.sin(self._turn[index]))
         mixed = cos * field[..., :2] + sin * field[..., 2:]
         # Magnitude of a circular Gaussian field is Rayleigh distributed; 1.2533 is its mean at unit variance.
-        rayleigh = cv2.magnitude(mixed[..., 0], mixed[..., 1]) / 1.2533
+        grain = cv2.magnitude(mixed[..., 0], mixed[..., 1]) / 1.2533
+        grain += self.look.compounding * (1 - grain)
         through = np.interp(u, self._u, self._through).astype(np.float32)
-        echo = (anatomy[..., 0] * rayleigh + anatomy[..., 1]) * np.where(below, through, 1) * self._compensation
+        echo = (anatomy[..., 0] * grain + anatomy[..., 1] * self._facing) * np.where(below, through, 1) * self._compensation
         top, left = self._shift[index]
         echo += self._floor * self._noise[top : top + self.rows, left : left + self.lines]
         decibels = (20 / np.log(10)) * cv2.log(np.maximum(echo, 1e-6).astype(np.float32))
@@ -410,8 +419,8 @@ def draw_patients(params: PhantomParams) -> list[tuple[str, Appearance]]:
     patients: dict[int, tuple[str, Appearance]] = {}
     for number, label in enumerate(CLASSES):
         members = order[number :: len(CLASSES)]
-        means = _strata(rng, members.size, 0.17, 0.36)
-        stds = _strata(rng, members.size, 0.13, 0.19)
+        means = _strata(rng, members.size, 0.2, 0.36)
+        stds = _strata(rng, members.size, 0.15, 0.22)
         for rank, member in enumerate(members):
             look = _draw_appearance(np.random.default_rng([params.seed, 2, int(member)]), linear=rank % 3 == 1)
             patients[int(member)] = (label, replace(look, mean=float(means[rank]), std=float(stds[rank])))
@@ -422,16 +431,17 @@ def _draw_appearance(rng: np.random.Generator, linear: bool) -> Appearance:
     """One patient and scanner; brightness and contrast are placeholders for `draw_patients` to set."""
     return Appearance(
         probe="linear" if linear else "convex",
-        half_angle=rng.uniform(0.45, 0.68),
-        face_radius=rng.uniform(0.3, 0.7),
+        half_angle=rng.uniform(0.38, 0.58),
+        face_radius=rng.uniform(0.25, 0.55),
         pleura=rng.uniform(0.2, 0.3) if linear else rng.uniform(0.16, 0.27),
         fat=rng.uniform(0.25, 0.5),
         speckle=rng.uniform(0.8, 1.5),
+        compounding=rng.uniform(0.1, 0.5),
         dynamic_range=rng.uniform(46, 60),
         gamma=rng.uniform(0.85, 1.3),
         slope=rng.uniform(-9, 0),
         noise=rng.uniform(0.002, 0.006),
-        ribs=bool(rng.uniform() < 0.4),
+        ribs=bool(rng.uniform() < 0.35),
         mean=0.25,
         std=0.15,
         aspect=float(rng.choice([1.0, 1.0, 1.0, 1.2, 0.85])),

@@ -1,0 +1,24 @@
+"""Write the embedded default data: phantom lung-ultrasound videos and their labels.csv into data/phantom.
+
+    python stages/phantom.py        (parameters: data.phantom of params.yaml)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipeline.cli import run_stage
+from pipeline.config import load_config
+from pipeline.data.synthetic import write_phantoms
+
+
+def main() -> None:
+    folder = Path("data/phantom")
+    rows = write_phantoms(folder, load_config().data.phantom)
+    patients = len({row.patient for row in rows})
+    print(f"phantom: {len(rows)} clips of {patients} patients in {folder}, {sum(bool(row.warning) for row in rows)} warnings")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main))
