@@ -16,8 +16,8 @@ from pipeline.data.synthetic import write_phantoms
 def main() -> None:
     folder = Path("data/phantom")
     rows = write_phantoms(folder, load_config().data.phantom)
-    patients = len({row.patient for row in rows})
-    print(f"phantom: {len(rows)} clips of {patients} patients in {folder}, {sum(bool(row.warning) for row in rows)} warnings")
+    patients, warnings = len({row.patient for row in rows}), sum(bool(row.warning) for row in rows)
+    print(f"phantom: {len(rows)} clips of {patients} patients in {folder}, {warnings} warnings")
 
 
 if __name__ == "__main__":

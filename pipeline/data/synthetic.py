@@ -3,8 +3,8 @@
 A caricature that keeps what matters for learning: speckle, reverberation, shadows, sliding and a probe that wanders
 over an anatomy wider than the picture. Not a simulator, and no substitute for patients in any conclusion.
 
-Letters: R depth samples, A beam lines, M columns of the world map (wider than the A lines of one frame), H and W the
-picture; depth z in parts of the displayed depth (0 to 1), lateral position u in parts of the aperture (0 in the middle).
+Letters: R depth samples, A beam lines, M columns of the world map (wider than the A lines in view), H and W the
+picture; depth z in parts of the displayed depth (0 to 1), lateral position u in parts of the aperture (0: middle).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.config import PhantomParams
+from pipeline.data.anatomy import CLASSES, FINDINGS, WORLD, World, add_ribs, chest_wall, curve, smooth, speckle_maps
 from pipeline.errors import DataError
 from pipeline.files import atomic_write
 
@@ -29,9 +30,6 @@ __all__ = ["CLASSES", "Appearance", "PhantomClip", "PhantomRow", "draw_patients"
 
 logger = logging.getLogger(__name__)
 
-CLASSES = ("healthy", "b_lines", "consolidation")
-_WORLD = 2.4
-"""Width of the anatomy map in apertures: one aperture, the wandering of the probe to both sides, and sliding."""
 _CALIBRATION_FRAMES = 9
 _CLIPS_A_FOLDER = 16
 _ENCODERS = {"mp4": "mp4v", "avi": "MJPG"}
@@ -83,183 +81,6 @@ class PhantomRow:
     warning: str = ""
 
 
-@dataclass
-class _World:
-    """Maps under construction of the region under the pleura: depth below it `d` [R, 1], lateral position `u` [M]."""
-
-    rng: np.random.Generator
-    d: np.ndarray
-    u: np.ndarray
-    pleura: np.ndarray
-    """[M] depth of the pleural line."""
-    scatter: np.ndarray
-    """[R, M] amplitude that is multiplied by speckle."""
-    mirror: np.ndarray
-    """[R, M] amplitude of smooth reflectors, free of speckle."""
-
-
-def _smooth(rng: np.random.Generator, shape: tuple[int, int], sigma_z: float, sigma_u: float) -> np.ndarray:
-    """Gaussian noise of zero mean and unit variance, float32 [rows, columns], correlated over sigma pixels each way."""
-    noise = rng.standard_normal(shape, dtype=np.float32)
-    # sigma 0 means "derive it from the kernel size" to OpenCV, hence the small floor.
-    noise = cv2.GaussianBlur(noise, (0, 0), max(sigma_u, 0.01), sigmaY=max(sigma_z, 0.01), borderType=cv2.BORDER_REFLECT)
-    return (noise - noise.mean()) / (noise.std() + 1e-6)
-
-
-def _curve(rng: np.random.Generator, columns: int, sigma: float) -> np.ndarray:
-    """Smooth random curve of zero mean and unit variance, float32 [columns]."""
-    return _smooth(rng, (1, columns), 0.0, sigma)[0]
-
-
-def _a_lines(world: _World, strength: float) -> None:
-    """Add reverberations at multiples of the pleural depth, each weaker and broader than the one above."""
-    lines = 1 / world.u.size * _WORLD
-    patches = np.clip(0.75 + 0.35 * _curve(world.rng, world.u.size, 0.12 / lines), 0.15, 1.3)
-    for order in range(1, 6):
-        width = max(0.007 + 0.002 * order, 0.75 / world.d.size)
-        echo = np.exp(-0.5 * ((world.d - order * world.pleura) / width) ** 2)
-        world.mirror += strength * 0.72 ** (order - 1) * patches * echo
-        # The layers above the pleura are repeated too, faint and smeared.
-        smear = np.exp(-0.5 * ((world.d - (order - 0.22) * world.pleura) / (3 * width)) ** 2)
-        world.scatter += 0.12 * strength * 0.6 ** (order - 1) * patches * smear
-
-
-def _comet_tail(world: _World, position: float, width: float, strength: float, length: float) -> None:
-    """Add one vertical artefact from the pleura downwards; `length` is the depth over which it fades (1/e)."""
-    wander = 0.15 * width * _smooth(world.rng, (world.d.size, 1), world.d.size / 8, 0.0)
-    spread = width * (1 + 0.5 * world.d)
-    profile = np.exp(-0.5 * ((world.u - position - wander) / spread) ** 2) * np.exp(-world.d / length)
-    ringing = 1 + 0.3 * np.cos(2 * np.pi * world.d / world.rng.uniform(0.025, 0.05) + world.rng.uniform(0, 6.3))
-    world.scatter += strength * profile * ringing
-    world.mirror += 0.35 * strength * profile
-
-
-def _healthy(world: _World) -> None:
-    """A-lines, and now and then a short comet tail as every healthy pleura has."""
-    _a_lines(world, world.rng.uniform(0.28, 0.5))
-    for _ in range(world.rng.integers(0, 3)):
-        _comet_tail(world, world.rng.uniform(-0.5, 0.5) * _WORLD, 0.012, 0.15, 0.08)
-
-
-def _b_lines(world: _World) -> None:
-    """Three to six comet tails in view that reach the bottom; they erase the A-lines."""
-    _a_lines(world, world.rng.uniform(0.015, 0.05))
-    count = int(world.rng.integers(4, 7))
-    start = world.rng.uniform(0, 1)
-    for index in range(int(count * _WORLD)):
-        position = (index + start + world.rng.uniform(-0.25, 0.25)) / count - 0.5 * _WORLD
-        width = world.rng.uniform(0.007, 0.02)
-        _comet_tail(world, position, width, world.rng.uniform(0.2, 0.6), world.rng.uniform(1.5, 4.0))
-    # Interstitial oedema roughens the pleura itself.
-    world.mirror[: max(2, world.d.size // 40)] *= np.clip(1 + 0.3 * _curve(world.rng, world.u.size, 2.0), 0.2, 2)
-
-
-def _consolidation(world: _World) -> None:
-    """Subpleural regions of tissue echo with a shredded lower border and bright air bronchograms."""
-    rng, rows, columns = world.rng, world.d.size, world.u.size
-    _a_lines(world, rng.uniform(0.02, 0.07))
-    aperture = columns / _WORLD
-    depth = np.zeros(columns, np.float32)
-    spacing = rng.uniform(0.85, 1.0)
-    for centre in np.arange(-0.5 * _WORLD + rng.uniform(-0.4, 0.4), 0.5 * _WORLD + 0.4, spacing):
-        half, height = rng.uniform(0.3, 0.42), rng.uniform(0.25, 0.5)
-        bump = np.clip(1 - ((world.u - centre) / half) ** 2, 0, None)
-        depth = np.maximum(depth, height * bump)
-    touched = np.clip(depth / 0.1, 0, 1)
-    shred = 0.03 * _curve(rng, columns, 0.03 * aperture) + 0.04 * _smooth(rng, (rows, columns), 0.02 * rows, 0.025 * aperture)
-    inside = depth + touched * shred - world.d
-    region = 1 / (1 + np.exp(-np.clip(inside / 0.008, -30, 30)))
-    # The lung beyond is aerated again: a broken bright edge, and dirty tails that fade below it.
-    flecks = np.clip(0.35 + 0.7 * _smooth(rng, (rows, columns), 0.012 * rows, 0.018 * aperture), 0, 2.2)
-    border = touched * flecks * np.exp(-0.5 * ((inside + 0.008) / 0.016) ** 2)
-    streaks = np.clip(0.8 + 0.25 * _curve(rng, columns, 0.02 * aperture), 0.35, 1.6)
-    tails = touched * streaks * np.exp(-np.clip(-inside, 0, None) / 0.4) * (1 - region)
-    tissue = 0.075 * np.clip(1 + 0.35 * _smooth(rng, (rows, columns), 0.03 * rows, 0.05 * aperture), 0.3, 2)
-    pleura = np.exp(-world.d / 0.02)
-    world.mirror *= 1 - touched * (0.85 - 0.25 * pleura)
-    world.scatter *= 1 - touched * (0.8 - 0.3 * pleura)
-    world.scatter += region * tissue + 0.16 * tails
-    world.mirror += 0.5 * border + region * _bronchograms(rng, depth, rows, columns)
-
-
-def _bronchograms(rng: np.random.Generator, depth: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Bright spots and short branching dashes where `depth` [columns] is positive; float32 [rows, columns]."""
-    canvas = np.zeros((rows, columns), np.float32)
-    places = np.flatnonzero(depth > 0.1)
-    thickness = max(1, round(rows / 110))
-    for column in rng.choice(places, min(places.size, 36), replace=False) if places.size else ():
-        row = float(rng.uniform(0.15, 0.75) * depth[column] * rows)
-        angle, reach = rng.uniform(-1.2, 1.2), max(0.0, rng.uniform(-0.04, 0.05)) * rows
-        end = (round(float(column + reach * np.cos(angle))), round(row + reach * np.sin(angle)))
-        cv2.line(canvas, (int(column), round(row)), end, float(rng.uniform(0.4, 1.3)), thickness, cv2.LINE_8)
-    return cv2.GaussianBlur(canvas, (0, 0), max(0.5, rows / 260))
-
-
-FINDINGS: dict[str, Callable[[_World], None]] = {
-    "healthy": _healthy, "b_lines": _b_lines, "consolidation": _consolidation,
-}
-
-
-def _chest_wall(rng: np.random.Generator, look: Appearance, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Skin, fat with septa, fascia, striated muscle; rows run from the transducer to the pleura.
-
-    Returns:
-        Scattering and mirroring amplitudes, float32 [rows, columns] each.
-    """
-    aperture = columns / _WORLD
-    zeta = np.linspace(0, 1, rows, dtype=np.float32)[:, None]
-    bend = 0.035 * _curve(rng, columns, 0.25 * aperture) * np.sin(np.pi * zeta)
-    level = zeta + bend
-    deep = look.fat + 0.55 * (1 - look.fat)
-    edges = [0, 0.07, 0.1, look.fat - 0.02, look.fat + 0.02, deep - 0.02, deep + 0.02, 1]
-    scatter = np.interp(level, edges, [0.3, 0.26, 0.07, 0.06, 0.13, 0.12, 0.085, 0.075]).astype(np.float32)
-    stripes = _smooth(rng, (rows, columns), 0.012 * rows + 0.3, 0.16 * aperture)
-    septa = _smooth(rng, (rows, columns), 0.02 * rows + 0.3, 0.07 * aperture)
-    muscle = (level > look.fat).astype(np.float32)
-    scatter *= np.clip(1 + muscle * 0.45 * stripes, 0.3, 2.5)
-    mirror = np.clip(septa - 1.3, 0, 1) * 0.16 * (1 - muscle) + np.clip(stripes - 1.2, 0, 1) * 0.14 * muscle
-    for edge, strength in ((0.0, 0.5), (0.08, 0.2), (look.fat, 0.42), (deep, 0.3)):
-        fascia = np.clip(0.8 + 0.35 * _curve(rng, columns, 0.1 * aperture), 0.15, 1.5)
-        mirror += strength * fascia * np.exp(-0.5 * ((level - edge) / 0.018) ** 2)
-    return scatter, mirror.astype(np.float32)
-
-
-def _add_ribs(rng: np.random.Generator, u: np.ndarray, scatter: np.ndarray, mirror: np.ndarray) -> np.ndarray:
-    """Draw rib surfaces into the chest wall maps, darken what lies behind them.
-
-    Returns:
-        What the ribs let through, 0 to 1, float32 [M].
-    """
-    zeta = np.linspace(0, 1, scatter.shape[0], dtype=np.float32)[:, None]
-    through = np.ones(u.size, np.float32)
-    spacing = rng.uniform(0.75, 1.0)
-    for centre in np.arange(-0.5 * _WORLD + rng.uniform(0, spacing), 0.5 * _WORLD, spacing):
-        across = (u - centre) / rng.uniform(0.075, 0.12)
-        surface = rng.uniform(0.5, 0.62) + 0.16 * across**2
-        near = np.clip(1.2 - np.abs(across), 0, 0.3) / 0.3
-        shadow = 1 - near * 0.97 / (1 + np.exp(-np.clip((zeta - surface - 0.02) / 0.015, -30, 30)))
-        scatter *= shadow
-        mirror *= shadow
-        mirror += 0.9 * near * np.exp(-0.5 * ((zeta - surface) / 0.03) ** 2)
-        through *= 1 - 0.96 * near
-    return through
-
-
-def _speckle_maps(rng: np.random.Generator, look: Appearance, rows: int, columns: int) -> np.ndarray:
-    """Two independent complex speckle fields, float32 [rows, columns, 4] (re, im, re, im), unit variance.
-
-    The point-spread function is wider across the beam than along it and widens with depth.
-    """
-    size = look.speckle * max(rows / 160, 0.5)
-    deep = np.linspace(0, 1, rows, dtype=np.float32)[:, None]
-    fields = []
-    for _ in range(4):
-        narrow = _smooth(rng, (rows, columns), 0.5 * size, 0.8 * size)
-        wide = _smooth(rng, (rows, columns), 0.65 * size, 1.9 * size)
-        fields.append(np.sqrt(1 - deep) * narrow + np.sqrt(deep) * wide)
-    return np.stack(fields, axis=-1)
-
-
 def _scan_maps(look: Appearance, height: int, width: int, rows: int, lines: int) -> tuple[np.ndarray, ...]:
     """Where in the beam image [R, A] each picture element comes from.
 
@@ -296,10 +117,10 @@ class PhantomClip:
         self.look, self.frames, self.rate = look, frames, rate
         self.height, self.width = size // 2 * 2, round(size * look.aspect) // 2 * 2
         self.rows, self.lines = size, round(0.85 * size)
-        columns = round(self.lines * _WORLD)
-        self._u = np.linspace(-0.5 * _WORLD, 0.5 * _WORLD, columns, dtype=np.float32)
+        columns = round(self.lines * WORLD)
+        self._u = np.linspace(-0.5 * WORLD, 0.5 * WORLD, columns, dtype=np.float32)
         tilt = rng.uniform(-0.03, 0.03) * self._u
-        waviness = 0.012 * _curve(rng, columns, 0.3 * self.lines)
+        waviness = 0.012 * curve(rng, columns, 0.3 * self.lines)
         self._pleura = (look.pleura * rng.uniform(0.94, 1.06) + tilt + waviness).astype(np.float32)
         self._build(rng, label, columns)
         self._draw_motion(rng)
@@ -311,23 +132,23 @@ class PhantomClip:
     def _build(self, rng: np.random.Generator, label: str, columns: int) -> None:
         look, rows = self.look, self.rows
         self._wall_rows = max(16, round(rows * look.pleura))
-        wall_scatter, wall_mirror = _chest_wall(rng, look, self._wall_rows, columns)
+        wall_scatter, wall_mirror = chest_wall(rng, look.fat, self._wall_rows, columns)
         self._through = np.ones(columns, np.float32)
         if look.ribs:
-            self._through = _add_ribs(rng, self._u, wall_scatter, wall_mirror)
+            self._through = add_ribs(rng, self._u, wall_scatter, wall_mirror)
         d = np.linspace(0, 1, rows, dtype=np.float32)[:, None]
         width = max(0.009, 0.75 / rows)
-        shine = np.clip(0.95 + 0.18 * _curve(rng, columns, 0.1 * self.lines), 0.4, 1.4)
+        shine = np.clip(0.95 + 0.18 * curve(rng, columns, 0.1 * self.lines), 0.4, 1.4)
         line = shine * np.exp(-0.5 * ((d - 1.2 * width) / width) ** 2)
-        cloud = np.clip(1 + 0.3 * _smooth(rng, (rows, columns), 0.1 * rows, 0.15 * self.lines), 0.3, 2)
+        cloud = np.clip(1 + 0.3 * smooth(rng, (rows, columns), 0.1 * rows, 0.15 * self.lines), 0.3, 2)
         haze = cloud * rng.uniform(0.018, 0.035) * np.exp(-d / rng.uniform(0.4, 1.0))
-        world = _World(rng, d, self._u, self._pleura, haze + 0.4 * line, line)
+        world = World(rng, d, self._u, self._pleura, haze + 0.4 * line, line)
         FINDINGS[label](world)
         self._anatomy = np.dstack(
             [np.vstack([wall_scatter, world.scatter]), np.vstack([wall_mirror, world.mirror])]
         ).astype(np.float32)
-        self._speckle = _speckle_maps(rng, look, rows, columns)
-        self._noise = np.abs(_smooth(rng, (2 * rows, 2 * self.lines), 0.5, 0.7))
+        self._speckle = speckle_maps(rng, look.speckle, rows, columns)
+        self._noise = np.abs(smooth(rng, (2 * rows, 2 * self.lines), 0.5, 0.7))
 
     def _draw_motion(self, rng: np.random.Generator) -> None:
         """Probe, breath and heart: one value a frame. The noise map is shifted at random."""
@@ -357,7 +178,7 @@ class PhantomClip:
         u = np.linspace(-0.5, 0.5, self.lines, dtype=np.float32) + self._centre[index]
         pleura = (np.interp(u, self._u, self._pleura) + self._press[index]).astype(np.float32)
         below = z > pleura
-        column = (u + below * self._slide[index] + 0.5 * _WORLD) * ((self._u.size - 1) / _WORLD)
+        column = (u + below * self._slide[index] + 0.5 * WORLD) * ((self._u.size - 1) / WORLD)
         row = np.where(below, self._wall_rows + (z - pleura) * (self.rows - 1), z / pleura * (self._wall_rows - 1))
         column, row = column.astype(np.float32), row.astype(np.float32)
         depth = np.broadcast_to((z + self._press[index]) * (self.rows - 1), column.shape).astype(np.float32)
@@ -369,7 +190,8 @@ class PhantomClip:
         grain = cv2.magnitude(mixed[..., 0], mixed[..., 1]) / 1.2533
         grain += self.look.compounding * (1 - grain)
         through = np.interp(u, self._u, self._through).astype(np.float32)
-        echo = (anatomy[..., 0] * grain + anatomy[..., 1] * self._facing) * np.where(below, through, 1) * self._compensation
+        echo = anatomy[..., 0] * grain + anatomy[..., 1] * self._facing
+        echo *= np.where(below, through, np.float32(1)) * self._compensation
         top, left = self._shift[index]
         echo += self._floor * self._noise[top : top + self.rows, left : left + self.lines]
         decibels = (20 / np.log(10)) * cv2.log(np.maximum(echo, 1e-6).astype(np.float32))
@@ -377,7 +199,8 @@ class PhantomClip:
 
     def _picture(self, index: int) -> np.ndarray:
         """Scan-converted frame before brightness is set, float32 [H, W]."""
-        return cv2.remap(self._beam_image(index), self._map_x, self._map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        beams = self._beam_image(index)
+        return cv2.remap(beams, self._map_x, self._map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
     def _calibrate(self, sector: np.ndarray) -> None:
         """Find gain and offset that give the sector the patient's own mean and standard deviation.
@@ -536,7 +359,8 @@ def write_phantoms(folder: Path, params: PhantomParams) -> list[PhantomRow]:
         path.parent.mkdir(parents=True, exist_ok=True)
         clip = PhantomClip(look, label, params.size, frames, rate, [params.seed, 4, number])
         path, warning = _write_clip(path, clip)
-        rows.append(PhantomRow(path.relative_to(folder).as_posix(), label, f"patient_{patient:03d}", look.probe, warning))
+        relative = path.relative_to(folder).as_posix()
+        rows.append(PhantomRow(relative, label, f"patient_{patient:03d}", look.probe, warning))
     rows.sort(key=lambda row: row.path)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
