@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError
-from pipeline.files import atomic_write, write_json
+from pipeline.files import write_json
 
 __all__ = [
     "KeyReport", "export_encoder", "latest_checkpoint", "load_checkpoint", "load_trunk", "read_state_dict", "save_checkpoint",
@@ -165,14 +165,3 @@ def load_trunk(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], so
     ignored = sorted(set(tensors) - {prefix + name for name in found})
     return KeyReport(prefix, len(found), ignored)
 
-
-def write_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Training curves as CSV: one row an epoch, columns in order of first appearance, empty where not measured."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [",".join(columns)]
-    lines += [",".join(_cell(row.get(name)) for name in columns) for row in rows]
-    atomic_write(path, "\n".join(lines) + "\n")
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else (f"{value:.7g}" if isinstance(value, float) else str(value))

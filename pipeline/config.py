@@ -221,6 +221,8 @@ class FinetuneParams(Section):
     batch_size: int = Field(32, ge=1)
     frames_per_video: int = Field(8, ge=1)
     """Random frames a video in one training epoch."""
+    cached_views: int = Field(4, ge=0)
+    """Augmented views of each training frame whose frozen features are computed once; 0 makes fresh views every epoch."""
     eval_frames_per_video: int = Field(16, ge=1)
     """Evenly spaced frames a video when predicting."""
     class_weights: Literal["balanced", "none"] = "balanced"

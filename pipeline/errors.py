@@ -29,3 +29,7 @@ class CheckpointError(PipelineError):
 
 class TrackingError(PipelineError):
     """The MLflow store cannot be reached by a command whose only purpose is to reach it (`sonoscope sync`)."""
+
+
+class StoppedError(PipelineError):
+    """A scheduler or the user asked the run to stop; its state is saved and the same command continues it."""

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_json"]
+__all__ = ["atomic_write", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_curves", "write_json"]
 
 
 def project_root() -> Path:
@@ -87,3 +87,14 @@ def hash_file(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Training curves as CSV: one row an epoch, columns in order of first appearance, empty where not measured."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value: Any) -> str:
+        return "" if value is None else (f"{value:.7g}" if isinstance(value, float) else str(value))
+
+    lines = [",".join(columns), *(",".join(cell(row.get(name)) for name in columns) for row in rows)]
+    atomic_write(path, "\n".join(lines) + "\n")

@@ -1,0 +1,298 @@
+"""The pretraining loop: any method, any number of processes, exact resume, live quality, exported encoder.
+
+One optimiser step is `accumulate` micro-batches; the checkpoint holds everything the next step depends on (weights,
+optimiser, momentum copies, banks, every process's random state, position in the epoch, partial sums of the curves), so an
+interrupted run ends with the same bits as an uninterrupted one on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from pipeline import distributed
+from pipeline.checkpoint import KeyReport, export_encoder, latest_checkpoint, load_trunk, read_state_dict, save_checkpoint
+from pipeline.config import Config
+from pipeline.data.frames import FrameCache
+from pipeline.data.loader import ClipLoader, SamplingPlan
+from pipeline.data.transforms import working_size
+from pipeline.errors import PipelineError, StoppedError
+from pipeline.files import write_curves
+from pipeline.methods.base import ClipBatch, Method, MethodContext, Progress
+from pipeline.models.backbones import build_backbone, imagenet_state
+from pipeline.registry import METHODS
+from pipeline.reproducibility import collect_rng_states, restore_rng_state, seed_everything
+from pipeline.training.inputs import PretrainInputs
+from pipeline.training.monitor import Monitor, Throughput, epoch_line
+from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
+
+__all__ = ["Pretraining", "initial_backbone", "pick_device"]
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`: this process's GPU if there is one, else the CPU. Asking for a GPU that is not there is an error."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PipelineError("launch.device: cuda was asked for, but torch sees no GPU. `sonoscope doctor` says why; allowed: auto, cpu.")
+    device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def initial_backbone(config: Config) -> tuple[nn.Module, int, KeyReport | None]:
+    """The trunk before pretraining, as `pretrain.init` says, with its feature size and what was loaded."""
+    backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed)
+    if config.pretrain.init == "random":
+        return backbone, features, None
+    if config.pretrain.init == "imagenet":
+        return backbone, features, load_trunk(backbone, imagenet_state(config.pretrain.backbone), "imagenet weights")
+    path = Path(config.pretrain.init)
+    return backbone, features, load_trunk(backbone, read_state_dict(path), path.name)
+
+
+class _Step(nn.Module):
+    """What DistributedDataParallel wraps: all networks of the method, with the whole step as one forward pass."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.networks = method.networks
+        self._method = method
+
+    def forward(self, batch: ClipBatch, progress: Progress) -> tuple[torch.Tensor, dict[str, Any]]:
+        output = self._method.step(batch, progress)
+        return output.loss, output.metrics
+
+
+class Pretraining:
+    """One run, from its inputs to its exported encoder.
+
+    Args:
+        tracker: logs metrics and parameters; a null object on all processes but the first.
+        scratch: folder of this run's checkpoints, named by its fingerprint.
+    """
+
+    def __init__(self, config: Config, inputs: PretrainInputs, scratch: Path, tracker: Any, *, threads: int = 2) -> None:
+        self.config, self.inputs, self.scratch, self.tracker = config, inputs, scratch, tracker
+        params = config.pretrain
+        self.device = pick_device(config.launch.device)
+        seed_everything(params.seed)
+        kind = METHODS.get(params.method)
+        augmentation = config.method_params.augmentation
+        frames = FrameCache(
+            inputs.videos, working_size(augmentation, params.image_size), mode=augmentation.resize,
+            budget_mb=params.memory_budget_mb, threads=threads,
+        )
+        labels = np.array(inputs.labels, np.int64)
+        plan = SamplingPlan(
+            kind, config.method_params, augmentation, params.image_size, params.epochs, params.batch_size, params.accumulate,
+            params.samples_per_video, params.seed,
+        )
+        self.loader = ClipLoader(frames, labels, plan, rank=distributed.rank(), world=distributed.world_size(), threads=threads)
+        backbone, features, self.init_report = initial_backbone(config)
+        self.context = MethodContext(features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed)
+        self.method: Method = kind(backbone, config.method_params, self.context)
+        self.monitor = Monitor(params.monitor, frames, labels, inputs.groups, params.image_size)
+        self.rows: list[dict[str, Any]] = []
+        self.epoch, self.step_in_epoch, self.sums = 0, 0, defaultdict(float)
+        self.warnings: list[str] = []
+        if kind.trains:
+            self._prepare_training()
+
+    def _prepare_training(self) -> None:
+        params, method = self.config.pretrain, self.method
+        self.warnings = type(method).check(self.config.method_params, self.context, len(self.inputs.videos))
+        if params.sync_batchnorm and distributed.world_size() > 1:
+            if self.device.type != "cuda":
+                raise PipelineError("pretrain.sync_batchnorm: true needs GPUs (torch has no synchronised batch norm on CPUs); set it to false")
+            method.networks = nn.SyncBatchNorm.convert_sync_batchnorm(method.networks)
+        method.networks.to(self.device, memory_format=torch.channels_last)
+        if hasattr(method, "bank"):
+            method.bank.to(self.device)
+        method.autocast = params.precision == "bfloat16" or (
+            params.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        if params.compile:
+            method.networks["backbone"].compile()
+        method.networks.train()
+        self.optimizer = build_optimizer(params.optimizer, method.networks.parameters())
+        self.step_module: nn.Module = _Step(method)
+        if distributed.world_size() > 1:
+            self.step_module = DistributedDataParallel(
+                self.step_module, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+            )
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        """Everything the next step depends on; every process must call it."""
+        return {
+            "fingerprint": self.inputs.fingerprint, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
+            "world_size": distributed.world_size(), "networks": self.method.networks.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "extra": self.method.extra_state(),
+            "rng": collect_rng_states(self.device), "rows": json.dumps(self.rows), "sums": dict(self.sums),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint (first process); all processes must call it."""
+        state = self._state()
+        if distributed.is_main():
+            save_checkpoint(self.scratch, self.epoch * self.context.steps_per_epoch + self.step_in_epoch, state)
+        distributed.barrier()
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint of this fingerprint, if there is one."""
+        state, skipped = latest_checkpoint(self.scratch, self.inputs.fingerprint)
+        self.warnings += [f"checkpoint not used: {line}" for line in skipped]
+        if state is None:
+            return False
+        self.method.networks.load_state_dict(state["networks"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_extra_state(state["extra"])
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        self.rows, self.sums = json.loads(state["rows"]), defaultdict(float, state["sums"])
+        if state["world_size"] != distributed.world_size() or not restore_rng_state(state["rng"], self.device):
+            self.warnings.append(
+                f"the checkpoint was written by {state['world_size']} processes and {distributed.world_size()} continue it: every sample "
+                f"is seen as planned, but batch-norm statistics and rounding differ from an uninterrupted run."
+            )
+        return True
+
+    # --- loop --------------------------------------------------------------------------------------------------------
+
+    def train(self, stop: distributed.StopFlag) -> None:
+        """Run the remaining epochs.
+
+        Raises:
+            StoppedError: a signal asked to stop; the state is saved.
+            PipelineError: the loss is not finite.
+        """
+        params = self.config.pretrain
+        if self.resume() and distributed.is_main():
+            print(f"continuing at epoch {self.epoch + 1}/{params.epochs}, step {self.step_in_epoch}", flush=True)
+        if distributed.is_main():
+            for warning in [*self.warnings]:
+                print(f"warning: {warning}", flush=True)
+        total = params.epochs * self.context.steps_per_epoch
+        bar = tqdm(
+            total=total, initial=self.epoch * self.context.steps_per_epoch + self.step_in_epoch, desc=f"pretrain {params.method}",
+            unit="step", disable=None if distributed.is_main() else True, mininterval=1.0,
+        )
+        self.saved_at, self.clock = time.monotonic(), time.monotonic()
+        first = bar.initial
+        with bar:
+            while self.epoch < params.epochs:
+                self._train_epoch(stop, bar)
+                done = self.epoch * self.context.steps_per_epoch + self.context.steps_per_epoch
+                remaining = (time.monotonic() - self.clock) / max(1, done - first) * (total - done)
+                self._finish_epoch(remaining)
+        self.save()
+
+    def _train_epoch(self, stop: distributed.StopFlag, bar: tqdm) -> None:
+        params, steps = self.config.pretrain, self.context.steps_per_epoch
+        throughput, waited = Throughput(), self.loader.waited
+        batches = self.loader.epoch(self.epoch, self.device, self.step_in_epoch)
+        while self.step_in_epoch < steps:
+            progress = Progress(self.epoch, self.epoch * steps + self.step_in_epoch)
+            rate = learning_rate(params.optimizer, params.epochs, self.epoch + self.step_in_epoch / steps)
+            set_learning_rate(self.optimizer, rate)
+            self.method.before_step(progress)
+            self.optimizer.zero_grad(set_to_none=True)
+            for micro in range(params.accumulate):
+                batch = next(batches)
+                throughput.add(sum(x.shape[0] * x.shape[1] for x in batch.frames.values()))
+                last = micro == params.accumulate - 1
+                quiet = nullcontext() if last or distributed.world_size() == 1 else self.step_module.no_sync()
+                with quiet:
+                    loss, metrics = self.step_module(batch, progress)
+                    (loss / params.accumulate).backward()
+                self._add("loss", loss, params.accumulate)
+                for name, value in metrics.items():
+                    self._add(name, value, params.accumulate)
+            self.optimizer.step()
+            self.step_in_epoch += 1
+            self._add("learning_rate", rate, 1)
+            self._add("chance_loss", self.method.chance_loss(progress), 1)
+            bar.update()
+            self._maybe_save(stop)
+        rate, seconds = throughput.read()
+        self.speed = {
+            "images_per_second": rate * distributed.world_size(), "epoch_seconds": seconds,
+            "data_wait_share": (self.loader.waited - waited) / max(seconds, 1e-9),
+        }
+
+    def _add(self, name: str, value: Any, parts: int) -> None:
+        """Sum a metric over the epoch. Kept as a tensor so that a GPU need not stop for every number."""
+        if isinstance(value, torch.Tensor):
+            value = value.detach().double() if self.device.type == "cpu" else value.detach().float()
+        self.sums[name] = self.sums[name] + value / parts
+
+    def _maybe_save(self, stop: distributed.StopFlag) -> None:
+        asked = distributed.any_rank(stop.raised is not None, self.device)
+        due = time.monotonic() - self.saved_at >= self.config.pretrain.checkpoint_seconds
+        if asked or distributed.any_rank(due, self.device):
+            self.save()
+            self.saved_at = time.monotonic()
+        if asked:
+            name = stop.raised.name if stop.raised else "a signal to another process"
+            raise StoppedError(f"pretrain: stopped by {name}; the state is saved. Start the same command again to continue.")
+
+    def _finish_epoch(self, remaining: float) -> None:
+        """Averages of the epoch, live quality, one log line, and on to the next epoch."""
+        params, steps = self.config.pretrain, self.context.steps_per_epoch
+        row: dict[str, Any] = {"epoch": self.epoch}
+        for name, total in self.sums.items():
+            mean = torch.as_tensor(total / steps, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+            row[name] = float(distributed.reduce_mean(mean.to(self.device)))
+        if not np.isfinite(row["loss"]):
+            raise PipelineError(
+                f"pretrain: the loss is not finite in epoch {self.epoch + 1} (learning rate {row['learning_rate']:.3g}). Lower "
+                f"pretrain.optimizer.lr, raise methods.{params.method}.temperature, or set pretrain.precision to float32."
+            )
+        last = self.epoch + 1 == params.epochs
+        measured: dict[str, float] = {}
+        if self.epoch % params.monitor.every_epochs == 0 or last:
+            measured = self.monitor.measure(
+                self.method.backbone, self.device, self.config.method_params.augmentation.normalization
+            )
+            warning = self.monitor.warning(measured)
+            if warning and distributed.is_main():
+                print(f"warning: epoch {self.epoch + 1}: {warning}", flush=True)
+        row |= measured
+        self.rows.append(row)
+        shown = {**row, **self.speed}
+        if distributed.is_main():
+            tqdm.write(epoch_line(shown, params.epochs, remaining))
+            self.tracker.log_metrics({k: v for k, v in shown.items() if k != "epoch"}, step=self.epoch)
+        self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, defaultdict(float)
+
+    # --- result ------------------------------------------------------------------------------------------------------
+
+    def export(self, folder: Path, seconds: float) -> None:
+        """Write encoder.safetensors, card.json and curves.csv into `folder` (first process)."""
+        params, inputs = self.config.pretrain, self.inputs
+        last = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k != "epoch"}
+        card = {
+            "schema": 1, "fingerprint": inputs.fingerprint, "method": params.method, "backbone": params.backbone,
+            "init": params.init if params.init in ("random", "imagenet") else "weights file",
+            "init_report": str(self.init_report) if self.init_report else None,
+            "image_size": params.image_size, "normalization": self.config.method_params.augmentation.normalization,
+            "epochs": params.epochs if self.method.trains else 0, "steps": self.epoch * self.context.steps_per_epoch,
+            "seed": params.seed, "scope": params.scope, "transductive": params.scope == "all",
+            "videos": len(inputs.videos), "frames": sum(ref.row.frames for ref in inputs.videos),
+            "too_short": inputs.left_out, "groups": sorted(set(inputs.groups)), "world_size": distributed.world_size(),
+            "device": self.device.type, "torch": torch.__version__, "seconds": round(seconds, 1),
+            "parameters": self.config.method_params.model_dump(mode="json"), "final": last, "warnings": self.warnings,
+        }
+        export_encoder(folder, self.method.backbone.state_dict(), card)
+        write_curves(folder / "curves.csv", self.rows or [{"epoch": 0}])

@@ -1,0 +1,96 @@
+"""The pretrain and finetune stages around their loops: processes, scratch folders, finished results, tracking, outputs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.data.splits import Splits
+from pipeline.files import read_json, scratch_folder, write_json
+from pipeline.launch import is_worker, launch, process_count, threads_per_process
+from pipeline.tracking import NullTracker, open_tracker
+from pipeline.training.inputs import PretrainInputs, open_pretrain_inputs
+
+__all__ = ["run_pretrain_stage"]
+
+SPLITS = Path("data/splits.json")
+
+
+def _copy_result(done: Path, output: Path) -> None:
+    """Copy a finished result from scratch to the stage's output folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    for path in done.iterdir():
+        shutil.copy2(path, output / path.name)
+
+
+def run_pretrain_stage(config: Config, fold: int, script: Path) -> str:
+    """Pretrain the encoder of one fold into models/encoders/fold<K>; returns the closing line.
+
+    A finished result with the same fingerprint is copied at once (folds that may see the same videos share one encoder, and
+    so do sweep points that differ only behind pretraining). Otherwise the loop runs here, or under torchrun with several
+    processes, and continues from its checkpoint if there is one.
+    """
+    splits = Splits.read(SPLITS)
+    inputs = open_pretrain_inputs(config, splits, fold)
+    output = Path(f"models/encoders/fold{fold}")
+    scratch = scratch_folder("pretrain", inputs.fingerprint)
+    done = scratch / "result"
+    reused = (done / "card.json").is_file()
+    if not reused and not is_worker() and process_count(config.launch) > 1:
+        processes = process_count(config.launch)
+        launch(script, ["--fold", str(fold)], processes, threads_per_process(config.launch) // processes or 1)
+        return f"pretrain fold {fold}: {processes} processes finished; encoder in {output}"
+    if not reused:
+        _pretrain_here(config, fold, inputs, scratch)
+    else:
+        with open_tracker(config, "pretrain", f"fold {fold}", fingerprint=inputs.fingerprint) as tracker:
+            _hand_over(fold, done, output, tracker)
+    return f"pretrain fold {fold}: {'finished result reused' if reused else 'done'}; encoder in {output}"
+
+
+def _pretrain_here(config: Config, fold: int, inputs: PretrainInputs, scratch: Path) -> None:
+    """Run the loop in this process (alone or as a torchrun worker) and hand its result over."""
+    from pipeline import distributed
+    from pipeline.reproducibility import configure_torch
+    from pipeline.training.pretrain import Pretraining, pick_device
+
+    threads = threads_per_process(config.launch)
+    configure_torch(threads)
+    done = scratch / "result"
+    with (
+        distributed.process_group(pick_device(config.launch.device), config.launch.timeout_minutes),
+        open_tracker(config, "pretrain", f"fold {fold}", fingerprint=inputs.fingerprint) as tracker,
+        distributed.StopFlag() as stop,
+    ):
+        started = time.monotonic()
+        run = Pretraining(config, inputs, scratch, tracker, threads=threads)
+        if run.method.trains:
+            run.train(stop)
+        if distributed.is_main():
+            part = scratch / "result.part"
+            shutil.rmtree(part, ignore_errors=True)
+            run.export(part, time.monotonic() - started)
+            # The folder appears under its name only when it is complete; the checkpoints have then done their work.
+            shutil.rmtree(done, ignore_errors=True)
+            part.rename(done)
+            for checkpoint in scratch.glob("state-*.pt"):
+                checkpoint.unlink()
+            _hand_over(fold, done, Path(f"models/encoders/fold{fold}"), tracker)
+        distributed.barrier()
+
+
+def _hand_over(fold: int, done: Path, output: Path, tracker: NullTracker) -> None:
+    """Copy the finished encoder to the stage's output and tell MLflow what it is."""
+    _copy_result(done, output)
+    card = read_json(output / "card.json")
+    # What belongs to this fold's run and not to the shared result.
+    card["fold"] = fold
+    write_json(output / "card.json", card)
+    tracker.log_dataset(f"pretraining videos fold {fold}", card["fingerprint"], card["videos"], "pretraining")
+    tracker.log_metrics({f"final.{k}": v for k, v in card["final"].items() if isinstance(v, int | float)})
+    tracker.log_metrics({"train.seconds": card["seconds"], "train.steps": card["steps"], "train.videos": card["videos"]})
+    tracker.log_artifact(output / "curves.csv")
+    tracker.log_model_files(output, "encoder")
+    tracker.write_sidecar(Path(f"reports/runs/pretrain-fold{fold}.json"), fingerprint=card["fingerprint"])
