@@ -1,0 +1,37 @@
+"""Divide the labelled videos into patient-grouped outer and inner folds; nothing of one patient lies on two sides.
+
+    python stages/split.py        (parameters: data and split of params.yaml)
+
+Reads data/frames/*/, writes data/splits.json and reports/split/.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipeline.cli import run_stage
+from pipeline.config import fingerprint, load_config
+from pipeline.data.split_report import describe_folds, run_split
+from pipeline.tracking import open_tracker
+
+
+def main() -> None:
+    config = load_config()
+    output, reports = Path("data/splits.json"), Path("reports/split")
+    with open_tracker(config, "split", fingerprint=fingerprint(config.data, config.split)) as tracker:
+        tracker.log_params({"split": config.split.model_dump(mode="json", exclude={"file"})})
+        splits, metrics = run_split(config, Path("data/frames"), output, reports)
+        tracker.log_metrics({key: value for key, value in metrics.items() if isinstance(value, int)})
+        tracker.log_dataset("main", splits.manifest_digest, metrics["videos"], "split")
+        for path in (output, reports / "balance.csv", reports / "balance.png"):
+            tracker.log_artifact(path, "split")
+        tracker.write_sidecar(Path("reports/runs/split.json"))
+    for warning in splits.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(describe_folds(splits, metrics))
+    print(f"split: {metrics['folds']} folds in {output}, {metrics['warnings']} warnings; balance in {reports / 'balance.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main))
