@@ -1,0 +1,255 @@
+"""What the report shows besides numbers: cases with frames, tables of classes, folds, patients and data, learning curves.
+
+Reads the store, the split and `curves.csv` files; draws nothing and decides nothing about metrics.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.data.splits import Splits
+from pipeline.data.store import FrameStore
+from pipeline.evaluation.predictions import probability_columns
+from pipeline.evaluation.report import METRIC_NAMES, Table, number, p_words, signed
+
+__all__ = [
+    "choose_cases", "class_tables", "comparison_table", "curve_columns", "data_tables", "fold_tables", "judged_videos",
+    "patient_table", "read_curves", "training_table",
+]
+
+MAX_WRONG, FRAMES_SHOWN, MAX_PATIENTS, MAX_PANELS = 12, 3, 300, 6
+PREFERRED = ("loss", "knn", "std", "rank", "balanced_accuracy", "macro_f1", "accuracy", "alignment", "uniformity")
+"""Curves worth a panel first; everything else that varies follows."""
+TECHNICAL = ("lr", "learning_rate", "seconds", "per_second", "throughput", "momentum", "eta", "memory", "wait", "epoch", "step")
+
+
+def judged_videos(videos: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """Rows of one initialisation, probabilities averaged over seeds: columns fold, video, patient, label, p_<class>,
+    predicted, certainty (of the predicted class) and correct."""
+    columns = probability_columns(classes)
+    joined = videos.groupby(["fold", "video", "patient", "label"], as_index=False)[columns].mean()
+    values = joined[columns].to_numpy()
+    joined["predicted"] = [classes[index] for index in values.argmax(axis=1)]
+    joined["certainty"] = values.max(axis=1)
+    joined["correct"] = joined["predicted"] == joined["label"]
+    return joined
+
+
+def choose_cases(judged: pd.DataFrame, frames: pd.DataFrame, classes: Sequence[str],
+                 store: FrameStore | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Videos for the gallery: the most certain errors, and of each class the most and the least certain right answer.
+
+    Args:
+        judged: result of `judged_videos`.
+        frames: frame rows of the same initialisation (columns video, frame).
+        store: where the pictures come from; None gives cases without pictures.
+
+    Returns:
+        Wrong and right cases: images (uint8 arrays), frames, video, patient, fold, truth, predicted, probabilities
+        [(class, p)], probability, correct.
+    """
+    wrong = judged[~judged["correct"]].sort_values(["certainty", "video"], ascending=[False, True]).head(MAX_WRONG)
+    right: list[pd.Series] = []
+    for name in classes:
+        part = judged[judged["correct"] & (judged["label"] == name)].sort_values(["certainty", "video"], ascending=[False, True])
+        right += [part.iloc[index] for index in ([0, len(part) - 1] if len(part) > 1 else range(len(part)))]
+
+    def case(row: pd.Series) -> dict[str, Any]:
+        known = np.sort(frames.loc[frames["video"] == row["video"], "frame"].unique())
+        shown = [int(known[index]) for index in np.unique(np.linspace(0, len(known) - 1, FRAMES_SHOWN).round().astype(int))]
+        return {
+            "images": store.frames(row["video"], shown) if store is not None else [], "frames": shown, "video": row["video"],
+            "patient": row["patient"], "fold": int(row["fold"]), "truth": row["label"], "predicted": row["predicted"],
+            "probability": float(row["certainty"]), "correct": bool(row["correct"]),
+            "probabilities": [(name, float(row[f"p_{name}"])) for name in classes],
+        }
+
+    return [case(row) for _, row in wrong.iterrows()], [case(row) for row in right]
+
+
+def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str]) -> list[Table]:
+    """One table a level: every initialisation, the majority class, and the paired difference."""
+    tables = []
+    for level in ("video", "patient", "frame"):
+        rows = []
+        for key, name in METRIC_NAMES.items():
+            row: list[Any] = [name]
+            for init in inits:
+                values = metrics[init][level]
+                row.append(f"{number(values[key])} ({number(values.get(key + '_low'))} to {number(values.get(key + '_high'))})")
+            row.append(number(metrics["majority"][level].get(key)))
+            difference = metrics.get("difference", {}).get(level)
+            if difference and key in difference:
+                row.append(f"{signed(difference[key])} ({signed(difference[key + '_low'])} to {signed(difference[key + '_high'])})")
+                row.append(p_words(difference[key + "_p"]).removeprefix("p = ").removeprefix("p "))
+            elif difference:
+                row += ["–", "–"]
+            rows.append(row)
+        columns = ["Metric", *(init.capitalize() for init in inits), "Majority class"]
+        if metrics.get("difference", {}).get(level):
+            columns += ["Pretrained − random", "p"]
+        tables.append(Table(f"Per {level}", columns, rows, columns[1:], _stamp_note(metrics)))
+    return tables
+
+
+def _stamp_note(metrics: Mapping[str, Any]) -> str:
+    return f"All values: {metrics['stamp']}." if metrics["stamp"] else ""
+
+
+def class_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequence[str]) -> list[Table]:
+    """Recall, precision, F1 and AUROC of every class per video, one table an initialisation."""
+    columns = ["Class", "Videos", "Recall", "Precision", "F1", "AUROC"]
+    tables = []
+    for init in inits:
+        values = metrics[init]["video"]
+        rows = [
+            [name, f"{part['support']:g}", number(part["recall"]), number(part["precision"]), number(part["f1"]), number(part["auroc"])]
+            for name, part in ((name, values["per_class"][name]) for name in classes)
+        ]
+        reasons = "; ".join(sorted(set(values["undefined"].values())))
+        note = ". ".join(text for text in (f"Undefined: {reasons}" if reasons else "", _stamp_note(metrics).rstrip(".")) if text)
+        tables.append(Table(f"Per class and video, {init}", columns, rows, columns[1:], note))
+    return tables
+
+
+def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits) -> list[Table]:
+    """Balanced accuracy of every fold with its interval, and mean and standard deviation over folds."""
+    columns = ["Fold", "Groups", "Videos", *(init.capitalize() for init in inits)]
+    rows: list[list[Any]] = []
+    for fold in splits.folds:
+        groups = {splits.groups[video] for video in fold.test}
+        row: list[Any] = [f"fold {fold.fold}", len(groups), len(fold.test)]
+        for init in inits:
+            values = metrics[init]["folds"][str(fold.fold)]
+            row.append(f"{number(values['balanced_accuracy'])} ({number(values['balanced_accuracy_low'])} to "
+                       f"{number(values['balanced_accuracy_high'])})")
+        rows.append(row)
+    rows.append(["mean ± SD of folds", "", "", *(
+        f"{number(metrics[init]['fold_mean']['balanced_accuracy'])} ± {number(metrics[init]['fold_mean']['balanced_accuracy_sd'])}"
+        for init in inits)])
+    if metrics["seeds"] > 1:
+        rows.append(["SD over seeds, pooled", "", "", *(number(metrics[init]["video"]["balanced_accuracy_seed_sd"]) for init in inits)])
+    absent = [
+        f"fold {fold.fold} has no test video of {', '.join(missing)}"
+        for fold in splits.folds
+        if (missing := [name for name in splits.classes if name not in {splits.labels[video] for video in fold.test}])
+    ]
+    note = "; ".join(absent)
+    note = f"{note[0].upper()}{note[1:]}: its value is the mean over the other classes." if note else ""
+    return [Table("Balanced accuracy per video", columns, rows, columns[1:], " ".join(filter(None, (note, _stamp_note(metrics)))))]
+
+
+def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequence[str], unit: str) -> Table:
+    """Every (patient, label): how many of its videos were right, and the joint judgement; errors first."""
+    counts = judged.groupby(["patient", "label"])["correct"].agg(["sum", "count"])
+    columns = probability_columns(classes)
+    joined = patients.groupby(["fold", "patient", "label"], as_index=False)[columns].mean()
+    values = joined[columns].to_numpy()
+    joined["predicted"] = [classes[index] for index in values.argmax(axis=1)]
+    joined["certainty"] = values.max(axis=1)
+    joined["wrong"] = joined["predicted"] != joined["label"]
+    joined = joined.sort_values(["wrong", "certainty", "patient"], ascending=[False, False, True])
+    rows = []
+    for row in joined.head(MAX_PATIENTS).to_dict("records"):
+        right, total = counts.loc[(row["patient"], row["label"])]
+        rows.append([row["patient"], row["fold"], row["label"], row["predicted"], number(row["certainty"]),
+                     f"{right} of {total}", "wrong" if row["wrong"] else "right"])
+    note = f"The first {MAX_PATIENTS} of {len(joined)} are shown." if len(joined) > MAX_PATIENTS else ""
+    names = [unit.capitalize(), "Fold", "Truth", "Predicted", "Probability", "Videos right", "Judged"]
+    return Table(f"Every {unit}, errors first", names, rows, ["Fold", "Probability", "Videos right"], note)
+
+
+def data_tables(splits: Splits, store: FrameStore | None, unit: str) -> list[Table]:
+    """What was in the store, and who is tested where."""
+    tables = []
+    rows = []
+    stored = {row.video: row.frames for row in store.manifest.rows} if store is not None else {}
+    for name in splits.classes:
+        videos = [video for video, label in splits.labels.items() if label == name]
+        groups = {splits.groups[video] for video in videos}
+        rows.append([name, len(groups), len(videos), sum(stored.get(video, 0) for video in videos) or "–"])
+    unlabelled = list(splits.unlabelled)
+    if unlabelled:
+        rows.append(["without label (pretraining only)", len({splits.groups.get(video, video) for video in unlabelled}),
+                     len(unlabelled), sum(stored.get(video, 0) for video in unlabelled) or "–"])
+    names = ["Class", f"{unit.capitalize()}s", "Videos", "Stored frames"]
+    tables.append(Table("Videos", names, rows, names[1:], _store_note(store)))
+    columns = ["Fold", f"Test {unit}s", "Test videos", *(f"{name}" for name in splits.classes), f"Training {unit}s", "Training videos"]
+    rows = []
+    for fold in splits.folds:
+        counts = Counter(splits.labels[video] for video in fold.test)
+        rows.append([f"fold {fold.fold}", len({splits.groups[video] for video in fold.test}), len(fold.test),
+                     *(counts[name] for name in splits.classes),
+                     len({splits.groups[video] for video in fold.train}), len(fold.train)])
+    tables.append(Table("Split: who is tested where", columns, rows, columns[1:], f"No {unit} is on both sides of a fold. "
+                        f"Manifest {splits.manifest_digest[:12]}, split seed {splits.seed}."))
+    return tables
+
+
+def _store_note(store: FrameStore | None) -> str:
+    if store is None:
+        return ""
+    rows = store.manifest.rows
+    warned = sum(bool(row.warnings) for row in rows)
+    bad = store.folder / "quarantine.csv"
+    refused = max(0, len(bad.read_text(encoding="utf-8").splitlines()) - 1) if bad.is_file() else 0
+    sizes = Counter((row.stored_width, row.stored_height) for row in rows).most_common(1)[0][0]
+    rates = sorted({round(row.fps, 2) for row in rows if row.fps})
+    parts = [f"Most frames are stored at {sizes[0]} × {sizes[1]} pixels"]
+    if rates:
+        parts.append(f"{rates[0]:g} frames per second" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g} frames per second")
+    parts.append(f"{warned} videos with a warning, {refused} unreadable files left out")
+    return ", ".join(parts) + "."
+
+
+def read_curves(path: Path) -> pd.DataFrame | None:
+    """A `curves.csv` with its axis as column `x` (and its name in `attrs["x"]`); None when there is nothing to draw.
+
+    Learning curves are decoration of a result, so a missing or foreign file never stops the evaluation.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError):
+        return None
+    axis = next((name for name in ("epoch", "step") if name in table.columns), None)
+    table.insert(0, "x", table[axis] if axis else np.arange(len(table)))
+    numbers = table.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan).dropna(axis="columns", how="all")
+    if "x" not in numbers.columns or numbers.shape[1] < 2:
+        return None
+    numbers = numbers.dropna(subset=["x"])
+    numbers.attrs["x"] = axis or "row"
+    return numbers
+
+
+def curve_columns(curves: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Up to six columns worth drawing, losses, neighbours and collapse monitors first; constants and timings never."""
+    found: dict[str, None] = {}
+    for table in curves.values():
+        for name in table.columns:
+            technical = any(name == word or name.endswith(f"_{word}") or name.endswith(f"/{word}") for word in TECHNICAL)
+            if name != "x" and not technical and table[name].nunique() > 1:
+                found.setdefault(str(name))
+
+    def rank(name: str) -> tuple[int, int]:
+        places = [index for index, word in enumerate(PREFERRED) if word in name]
+        return (min(places) if places else len(PREFERRED), list(found).index(name))
+
+    return sorted(found, key=rank)[:MAX_PANELS]
+
+
+def training_table(items: Sequence[Any]) -> Table:
+    """How every fine-tuned model came about: chosen epoch, selection rule, pretraining scope, duration."""
+    rows = []
+    for item in items:
+        card = item.card
+        extra = card.model_extra or {}
+        rows.append([item.name, card.method or "–", card.pretrain_scope, len(card.train_groups), card.selection,
+                     "–" if card.selected_epoch is None else card.selected_epoch, number(extra.get("seconds"), 0)])
+    columns = ["Model", "Method", "Pretraining scope", "Training groups", "Epoch chosen by", "Epoch", "Seconds"]
+    return Table("Fine-tuned models", columns, rows, ["Training groups", "Epoch", "Seconds"])

@@ -1,0 +1,142 @@
+"""From the predictions of all folds to metrics.json, tables, pictures and the report.
+
+Refuses what cannot be trusted (`predictions`), computes the numbers (`summary`), and lets `pages` show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from sklearn.metrics import roc_curve
+
+from pipeline.config import Config
+from pipeline.data.splits import Splits
+from pipeline.data.store import FrameStore
+from pipeline.errors import DataError
+from pipeline.evaluation.metrics import aggregate
+from pipeline.evaluation.pages import write_pages
+from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
+from pipeline.evaluation.summary import METRICS, summarise
+from pipeline.files import atomic_write, write_json
+from pipeline.tracking import NullTracker
+
+__all__ = ["evaluate", "headline_metrics", "log_results"]
+
+
+def evaluate(config: Config, folders: Sequence[Path], splits: Splits, store: FrameStore | None, output: Path,
+             stages: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Judge all fine-tuned models and write everything a reader needs into `output`.
+
+    Args:
+        config: `finetune` says which items there must be, `evaluate` how they are judged.
+        folders: one folder an item, with predictions.csv and card.json; those not asked for in params.yaml are left out
+            with a warning.
+        splits: the split the models were trained with.
+        store: frames for the gallery and the data table; None leaves both without pictures.
+        output: folder of the results, e.g. reports/evaluate.
+        stages: rows of `link_skipped`, shown in the report.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        DataError, LeakageError: see `pipeline.evaluation.predictions.check_items`.
+    """
+    folders, warnings = _asked_for(config, splits, [Path(folder) for folder in folders])
+    items = read_items(folders)
+    check_items(items, splits, config.finetune.initialisations, config.finetune.seeds)
+    rows = test_rows(items)
+    how = config.evaluate.aggregation
+    tables = {"frame": rows, "video": aggregate(rows, splits.classes, "video", how),
+              "patient": aggregate(rows, splits.classes, "patient", how)}
+    metrics = summarise(config, splits, items, tables)
+    roc = write_tables(output, metrics, splits.classes, tables)
+    write_json(output / "metrics.json", metrics)
+    write_pages(config, splits, store, items, tables, metrics, roc, output, [*splits.warnings, *warnings], stages)
+    return metrics
+
+
+def _asked_for(config: Config, splits: Splits, folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Folders of the items params.yaml asks for; the others are results of other parameters that DVC left on disk."""
+    wanted = {
+        item_name(init, seed, fold.fold)
+        for init in config.finetune.initialisations for seed in config.finetune.seeds for fold in splits.folds
+    }
+    others = sorted(folder.name for folder in folders if folder.name not in wanted)
+    warnings = [f"{name} is not asked for by finetune.initialisations, finetune.seeds and split.folds, and was left out"
+                for name in others]
+    kept = [folder for folder in folders if folder.name in wanted]
+    if not kept:
+        raise DataError("no fine-tuned models that params.yaml asks for. Run `dvc repro finetune` first.")
+    return kept, warnings
+
+
+def initialisations(metrics: Mapping[str, Any]) -> list[str]:
+    """The initialisations that were judged, the headline first."""
+    first = metrics["headline_init"]
+    return [first, *(name for name in ("pretrained", "random") if name in metrics and name != first)]
+
+
+def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers for the comparison table of experiments, e.g. `pretrained.video.balanced_accuracy_low`; undefined ones left out."""
+    flat: dict[str, float | None] = {key: metrics.get(key) for key in (
+        "balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "pretraining_gain", "pretraining_gain_low",
+        "pretraining_gain_high", "pretraining_gain_p")}
+    for init in initialisations(metrics):
+        for level in ("video", "patient"):
+            for name in METRICS:
+                flat[f"{init}.{level}.{name}"] = metrics[init][level][name]
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) -> None:
+    """Headline numbers on stage and parent run, fold values as steps, stamps as tags, report and pictures as artifacts."""
+    headline = headline_metrics(metrics)
+    tracker.log_metrics(headline)
+    tracker.log_parent_metrics(headline)
+    for init in initialisations(metrics):
+        for fold, values in metrics[init]["folds"].items():
+            found = {f"fold.{init}.{name}": values[name] for name in METRICS if values[name] is not None}
+            tracker.log_metrics(found, step=int(fold))
+    tags = {"stamp": metrics["stamp"] or "none", "headline": metrics["headline"]}
+    tracker.set_tags(tags)
+    tracker.set_parent_tags(tags)
+    for name in ("metrics.json", "predictions.csv", "predictions_video.csv", "pictures"):
+        tracker.log_artifact(output / name)
+    tracker.log_parent_artifact(output / "report.html")
+
+
+def write_tables(output: Path, metrics: Mapping[str, Any], classes: Sequence[str], tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """predictions*.csv for readers, and confusion*.csv, roc.csv, folds.csv for `dvc plots`. Returns the ROC table."""
+    inits = initialisations(metrics)
+    columns = probability_columns(classes)
+    for level, name in (("frame", "predictions.csv"), ("video", "predictions_video.csv"), ("patient", "predictions_patient.csv")):
+        table = tables[level].copy()
+        table["predicted"] = [classes[index] for index in table[columns].to_numpy().argmax(axis=1)]
+        table["stamp"] = table["init"].map({init: metrics[init]["stamp"] for init in inits})
+        _write_csv(output / name, table)
+    videos = tables["video"]
+    curves = []
+    for init in inits:
+        own = videos[videos["init"] == init]
+        predicted = [classes[index] for index in own[columns].to_numpy().argmax(axis=1)]
+        name = "confusion.csv" if init == inits[0] else f"confusion_{init}.csv"
+        _write_csv(output / name, pd.DataFrame({"actual": own["label"], "predicted": predicted}))
+        for label, column in zip(classes, columns, strict=True):
+            positive = (own["label"] == label).to_numpy()
+            if 0 < positive.sum() < len(positive):
+                false, true, _ = roc_curve(positive, own[column])
+                curves.append(pd.DataFrame({"init": init, "class": label, "fpr": false, "tpr": true}))
+    roc = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=["init", "class", "fpr", "tpr"])
+    _write_csv(output / "roc.csv", roc)
+    folds = [{"init": init, "fold": int(fold), **{key: values[key] for key in values if key.startswith(METRICS)}}
+             for init in inits for fold, values in metrics[init]["folds"].items()]
+    _write_csv(output / "folds.csv", pd.DataFrame(folds))
+    return roc
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    atomic_write(path, table.to_csv(index=False, lineterminator="\n"))

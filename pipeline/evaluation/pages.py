@@ -1,0 +1,186 @@
+"""Draws all pictures of an evaluation and hands them, with tables and cases, to the report.
+
+The glue between numbers and paper: which picture shows what, under which caption, with which words for readers who cannot
+see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.config import Config
+from pipeline.data.splits import Splits
+from pipeline.data.store import FrameStore
+from pipeline.evaluation import content, plots
+from pipeline.evaluation.predictions import Item
+from pipeline.evaluation.report import METRIC_NAMES, Picture, ReportContent, Table, cautions, number, percent, verdict, write_report
+from pipeline.evaluation.summary import METRICS
+from pipeline.tracking_context import shown_params
+
+__all__ = ["write_pages"]
+
+COMMANDS = [
+    ("dvc repro", "runs everything again; stages whose inputs did not change are taken from the cache"),
+    ("dvc metrics show", "the numbers of this report as text; dvc metrics diff compares with another revision"),
+    ("dvc exp run -S pretrain.epochs=100", "the same experiment with another parameter"),
+    ("sonoscope ui", "opens MLflow with all runs and learning curves"),
+]
+
+
+def write_pages(config: Config, splits: Splits, store: FrameStore | None, items: Sequence[Item],
+                tables: Mapping[str, pd.DataFrame], metrics: Mapping[str, Any], roc: pd.DataFrame, output: Path,
+                warnings: Sequence[str], stages: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write `output`/pictures/*.png and `output`/report.html."""
+    drawing = _Drawing(config, splits, metrics, output / "pictures")
+    first, unit = metrics["headline_init"], "patient" if splits.group == "patient" else "group"
+    frames = tables["frame"]
+    judged = content.judged_videos(tables["video"][tables["video"]["init"] == first], splits.classes)
+    wrong, right = content.choose_cases(judged, frames[frames["init"] == first], splits.classes, store)
+    patients = tables["patient"][tables["patient"]["init"] == first]
+    drawing.gallery(wrong, right)
+    page = ReportContent(
+        title=config.evaluate.title, metrics=metrics, classes=splits.classes, confidence=config.evaluate.confidence,
+        verdict=verdict(metrics.get("difference", {}).get("video"), config.evaluate.confidence),
+        cautions=cautions(config, metrics, warnings), stamps=_stamp_words(metrics),
+        pictures={
+            "comparison": [drawing.comparison()], "confusion": drawing.confusion(), "roc": drawing.roc(roc),
+            "folds": [drawing.folds()], "training": drawing.training(items),
+        },
+        tables={
+            "comparison": content.comparison_table(metrics, drawing.inits),
+            "classes": content.class_tables(metrics, drawing.inits, splits.classes),
+            "folds": content.fold_tables(metrics, drawing.inits, splits),
+            "patients": [content.patient_table(patients, judged, splits.classes, unit)],
+            "data": content.data_tables(splits, store, unit),
+            "training": [content.training_table(items)],
+            "stages": _stage_table(stages),
+        },
+        wrong=wrong, right=right, wrong_total=int((~judged["correct"]).sum()), parameters=sorted(shown_params(config).items()),
+        commands=COMMANDS, warnings=warnings,
+    )
+    write_report(output / "report.html", page)
+
+
+def _stamp_words(metrics: Mapping[str, Any]) -> list[str]:
+    """The stamps as sentences for the top of the page."""
+    words = []
+    if "optimistic" in metrics["stamp"]:
+        words.append("Optimistic (selected on test): the training epoch was chosen on the patients that are reported.")
+    if "transductive" in metrics["stamp"]:
+        words.append("Transductive pretraining: the encoder has seen the unlabelled videos of the patients that are tested.")
+    known = ("optimistic", "transductive")
+    others = [part for part in metrics["stamp"].split(", ") if part and not part.startswith(known)]
+    return words + [f"{part[0].upper()}{part[1:]}" for part in others]
+
+
+def _stage_table(stages: Sequence[Mapping[str, Any]]) -> list[Table]:
+    if not stages:
+        return []
+    rows = [[f"{row['stage']}{' ' + str(row['item']) if row.get('item') else ''}", row.get("status") or "–",
+             "earlier run" if row.get("linked") else "this run", row.get("fingerprint") or "–", number(row.get("seconds"), 0),
+             (row.get("run_id") or "–")[:8]] for row in stages]
+    columns = ["Stage", "Status", "Computed in", "Fingerprint", "Seconds", "MLflow run"]
+    return [Table("Stages behind these numbers", columns, rows, ["Seconds"])]
+
+
+class _Drawing:
+    """Pictures of one evaluation; every method writes a PNG and returns it with caption and alternative text."""
+
+    def __init__(self, config: Config, splits: Splits, metrics: Mapping[str, Any], folder: Path) -> None:
+        self.config, self.splits, self.metrics, self.folder = config, splits, metrics, folder
+        self.stamp = metrics["stamp"]
+        self.confidence = config.evaluate.confidence
+        first = metrics["headline_init"]
+        self.inits = [first, *(name for name in ("pretrained", "random") if name in metrics and name != first)]
+
+    def comparison(self) -> Picture:
+        """Dots with intervals of all initialisations at video level, and the majority class."""
+        rows = []
+        for name in METRICS:
+            for init in self.inits:
+                values = self.metrics[init]["video"]
+                rows.append({"init": init, "metric": name, **_bounds(values, name)})
+            majority = self.metrics["majority"]["video"].get(name)
+            rows.append({"init": "majority", "metric": name, **_bounds({name: majority}, name)})
+        path = self.folder / "comparison.png"
+        plots.draw_comparison(path, pd.DataFrame(rows), METRIC_NAMES, self.metrics["chance"], self.confidence, self.stamp)
+        spoken = "; ".join(f"{init}: {number(self.metrics[init]['video']['balanced_accuracy'])}" for init in self.inits)
+        return Picture(path, f"Dots with intervals for four metrics per video. Balanced accuracy {spoken}.",
+                       f"Dots: value; lines: {percent(self.confidence)} intervals over patients. Majority: always answering the most "
+                       "frequent class of the training videos.")
+
+    def confusion(self) -> list[Picture]:
+        """One matrix an initialisation, counts of videos and row percent."""
+        pictures = []
+        for init in self.inits:
+            values = self.metrics[init]["video"]
+            path = self.folder / f"confusion_{init}.png"
+            plots.draw_confusion(path, np.asarray(values["confusion"]), self.splits.classes, f"Videos, {init}", self.stamp)
+            spoken = "; ".join(f"{name}: {number(values['per_class'][name]['recall'])} recognised" for name in self.splits.classes)
+            mean = f" (mean of {self.metrics['seeds']} seeds)" if self.metrics["seeds"] > 1 else ""
+            pictures.append(Picture(path, f"Confusion matrix of the {init} network. {spoken}.",
+                                    f"{init.capitalize()}: number of videos{mean}, and percent of the true class."))
+        return pictures
+
+    def roc(self, curves: pd.DataFrame) -> list[Picture]:
+        """ROC of every class against the rest at video level."""
+        if curves.empty:
+            return []
+        areas = {(init, name): self.metrics[init]["video"]["per_class"][name]["auroc"]
+                 for init in self.inits for name in self.splits.classes}
+        path = self.folder / "roc.png"
+        plots.draw_roc(path, curves, areas, self.splits.classes, "ROC per class, out-of-fold videos", self.stamp)
+        first = self.inits[0]
+        spoken = ", ".join(f"{name} {number(areas[first, name])}" for name in self.splits.classes)
+        return [Picture(path, f"ROC curves. Area under the curve of the {first} network: {spoken}.",
+                        "Scores of different folds come from different networks; pooling them tends to lower these curves.")]
+
+    def folds(self) -> Picture:
+        """Balanced accuracy of every fold."""
+        name = "balanced_accuracy"
+        rows = [{"init": init, "fold": int(fold), **_bounds(values, name)}
+                for init in self.inits for fold, values in self.metrics[init]["folds"].items()]
+        pooled = [{"init": init, **_bounds(self.metrics[init]["video"], name)} for init in self.inits]
+        path = self.folder / "folds.png"
+        plots.draw_folds(path, pd.DataFrame(rows), pd.DataFrame(pooled), name, self.metrics["chance"], self.confidence, self.stamp)
+        spoken = "; ".join(f"{row['init']} fold {row['fold']}: {number(row['value'])}" for row in rows)
+        return Picture(path, f"Balanced accuracy per fold. {spoken}.", "Dots: value of a fold; lines: intervals over the fold's "
+                       "patients, wide because they are few; right: all folds together.")
+
+    def gallery(self, wrong: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]]) -> None:
+        """gallery_wrong.png and gallery_right.png, for viewers without the report."""
+        for name, cases in (("wrong", wrong), ("right", right)):
+            shown = [case for case in cases if case["images"]][:6]
+            if shown:
+                plots.draw_gallery(self.folder / f"gallery_{name}.png", shown, f"Videos judged {name}ly", self.stamp)
+
+    def training(self, items: Sequence[Item]) -> list[Picture]:
+        """Curves of pretraining (one line a fold) and of fine-tuning (one line a model)."""
+        models = items[0].folder.parent.parent
+        encoders = {path.parent.name: table for path in sorted(models.glob("encoders/*/curves.csv"))
+                    if (table := content.read_curves(path)) is not None}
+        heads = {item.name: table for item in items if (table := content.read_curves(item.folder / "curves.csv")) is not None}
+        colors = {item.name: plots.INIT_COLORS.get(item.card.init, plots.INK) for item in items}
+        pictures = []
+        for name, curves, own, caption in (
+            ("pretraining", encoders, None, "Pretraining, one line an encoder."),
+            ("finetuning", heads, colors, "Fine-tuning, one line a model; colours are initialisations, teal pretrained, orange random."),
+        ):
+            columns = content.curve_columns(curves)
+            if columns:
+                path = self.folder / f"{name}.png"
+                plots.draw_curves(path, curves, columns, name.capitalize(), own, self.stamp)
+                spoken = ", ".join(plots.readable(column) for column in columns)
+                pictures.append(Picture(path, f"Curves of {name}: {spoken}.", caption))
+        return pictures
+
+
+def _bounds(values: Mapping[str, Any], name: str) -> dict[str, float]:
+    """value, low and high as numbers; NaN for what is undefined."""
+    found = {"value": values.get(name), "low": values.get(f"{name}_low"), "high": values.get(f"{name}_high")}
+    return {key: float("nan") if value is None else float(value) for key, value in found.items()}

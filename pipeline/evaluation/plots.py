@@ -1,0 +1,248 @@
+"""Pictures of the evaluation as PNG files: confusion, ROC, folds, comparison, learning curves, gallery.
+
+Every function takes plain tables and draws on a white card, so that the pictures are legible on light and dark pages and
+on paper. Colours are safe for colour-blind readers and never the only mark: line style or marker differs too.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+__all__ = [
+    "INIT_COLORS", "draw_comparison", "draw_confusion", "draw_curves", "draw_folds", "draw_gallery", "draw_roc", "readable",
+]
+
+INK, MUTED, RULE = "#1c2733", "#5d6b7a", "#d5dce3"
+INIT_COLORS = {"pretrained": "#0b7285", "random": "#c2570c", "majority": "#7a8794"}
+INIT_MARKERS = {"pretrained": "o", "random": "s", "majority": "D"}
+# Okabe and Ito 2008, without the yellow that vanishes on white.
+CLASS_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000"]
+LINES = ["-", "--", "-.", ":"]
+DPI = 170
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": RULE, "axes.labelcolor": INK, "text.color": INK,
+    "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
+    "grid.color": "#eceff2", "axes.axisbelow": True, "figure.facecolor": "white", "axes.facecolor": "white",
+    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "figure.constrained_layout.use": True,
+}
+
+
+def readable(name: str) -> str:
+    """`val_balanced_accuracy` -> `val balanced accuracy`; slashes become spaces too."""
+    return name.replace("_", " ").replace("/", " ").strip()
+
+
+def _plain(text: str, width: int = 26) -> str:
+    """A name from outside as matplotlib text: no mathematics between dollar signs, not longer than `width`."""
+    short = textwrap.shorten(text, width, placeholder="…") if " " in text else text
+    short = short if len(short) <= width else short[: width - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+@contextmanager
+def _card(path: Path, stamp: str, **size: Any):
+    """A figure in the house style; saved to `path` with the stamp below it, and closed whatever happens."""
+    with plt.rc_context(STYLE), warnings.catch_warnings():
+        # A class name in a script the font lacks is drawn as boxes; the report's tables show it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = plt.figure(**size)
+        try:
+            yield figure
+            if stamp:
+                figure.supxlabel(stamp, fontsize=9, color="#a61e1e", fontweight="bold")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # No software or date field: equal results give equal bytes, and DVC sees no change.
+            figure.savefig(path, dpi=DPI, metadata={"Software": None})
+        finally:
+            plt.close(figure)
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title: str, stamp: str = "") -> None:
+    """One confusion matrix; `matrix` float [K, K] of counts (rows are the truth), each cell shows count and row percent."""
+    matrix = np.asarray(matrix, dtype=float)
+    total = matrix.sum(axis=1, keepdims=True)
+    share = np.divide(matrix, total, out=np.zeros_like(matrix), where=total > 0)
+    side = 2.3 + 0.85 * len(classes)
+    with _card(path, stamp, figsize=(side + 1.0, side)) as figure:
+        axes = figure.add_subplot()
+        axes.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
+        names = [_plain(name, 18) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=30 if max(map(len, names)) > 9 else 0, ha="center")
+        axes.set_yticks(range(len(classes)), names)
+        axes.set(xlabel="Predicted", ylabel="Truth")
+        axes.set_title(title)
+        axes.grid(False)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                color = "white" if share[row, column] > 0.62 else INK
+                bold = "bold" if row == column else "normal"
+                axes.text(column, row - 0.08, f"{matrix[row, column]:.3g}", ha="center", va="center", color=color,
+                          fontsize=14, fontweight=bold)
+                axes.text(column, row + 0.24, f"{share[row, column]:.0%}", ha="center", va="center", color=color, fontsize=9)
+
+
+def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[tuple[str, str], float], classes: Sequence[str],
+             title: str, stamp: str = "") -> None:
+    """ROC per class, one panel an initialisation.
+
+    Args:
+        curves: columns init, class, fpr, tpr.
+        areas: AUROC by (init, class); a missing pair has no curve.
+    """
+    inits = list(dict.fromkeys(curves["init"]))
+    with _card(path, stamp, figsize=(4.6 * len(inits), 4.6)) as figure:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        for index, init in enumerate(inits):
+            axes = figure.add_subplot(1, len(inits), index + 1)
+            axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
+            for number, name in enumerate(classes):
+                part = curves[(curves["init"] == init) & (curves["class"] == name)]
+                if part.empty:
+                    continue
+                axes.plot(part["fpr"], part["tpr"], color=CLASS_COLORS[number % len(CLASS_COLORS)],
+                          linestyle=LINES[number % len(LINES)], label=f"{_plain(name)}  {areas[init, name]:.2f}")
+            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xlabel="1 - specificity", ylabel="Sensitivity")
+            axes.set_title(init.capitalize(), fontsize=10, color=INIT_COLORS.get(init, INK))
+            axes.legend(loc="lower right", title="one class against the rest, AUROC", title_fontsize=8)
+
+
+def _interval(axes: Axes, x: float, row: Mapping[str, Any], init: str, label: str | None = None, size: float = 7) -> None:
+    color = INIT_COLORS.get(init, INK)
+    if np.isfinite(row["low"]) and np.isfinite(row["high"]):
+        axes.plot([x, x], [row["low"], row["high"]], color=color, linewidth=2.2, alpha=0.55, solid_capstyle="round")
+    axes.plot(x, row["value"], INIT_MARKERS.get(init, "o"), color=color, markersize=size, label=label, markeredgecolor="white")
+
+
+def draw_folds(path: Path, folds: pd.DataFrame, pooled: pd.DataFrame, metric: str, chance: float, confidence: float,
+               stamp: str = "") -> None:
+    """A dot a fold with its interval, and the pooled value at the right.
+
+    Args:
+        folds: columns init, fold, value, low, high (NaN where undefined).
+        pooled: columns init, value, low, high.
+        chance: value of guessing, drawn as a line.
+    """
+    numbers = sorted(folds["fold"].unique())
+    inits = list(pooled["init"])
+    with _card(path, stamp, figsize=(max(5.4, 1.0 * len(numbers) + 3.2), 3.7)) as figure:
+        axes = figure.add_subplot()
+        axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="guessing")
+        for index, init in enumerate(inits):
+            shift = (index - (len(inits) - 1) / 2) * 0.22
+            for row in folds[folds["init"] == init].to_dict("records"):
+                _interval(axes, numbers.index(row["fold"]) + shift, row, init)
+            row = pooled[pooled["init"] == init].iloc[0].to_dict()
+            _interval(axes, len(numbers) + 0.3 + shift, row, init, label=init, size=9)
+        axes.axvline(len(numbers) - 0.35, color=RULE, linewidth=1)
+        axes.set_xticks([*range(len(numbers)), len(numbers) + 0.3], [*(f"fold {fold}" for fold in numbers), "all"])
+        axes.set(ylim=(-0.03, 1.03), ylabel=readable(metric).capitalize(), xlim=(-0.5, len(numbers) + 0.8))
+        axes.grid(axis="x", visible=False)
+        axes.set_title(f"{readable(metric).capitalize()} per video with {confidence:.0%} intervals")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def draw_comparison(path: Path, rows: pd.DataFrame, names: Mapping[str, str], chance: float, confidence: float,
+                    stamp: str = "") -> None:
+    """Initialisations side by side, one line a metric.
+
+    Args:
+        rows: columns init, metric, value, low, high (NaN where undefined).
+        names: what a metric is called.
+        chance: balanced accuracy of guessing, drawn as a line.
+    """
+    metrics = list(dict.fromkeys(rows["metric"]))
+    inits = list(dict.fromkeys(rows["init"]))
+    with _card(path, stamp, figsize=(7.2, 1.3 + 0.72 * len(metrics))) as figure:
+        axes = figure.add_subplot()
+        axes.axvline(chance, color=MUTED, linestyle=":", linewidth=1.2, label=f"guessing ({chance:.2f})")
+        for index, init in enumerate(inits):
+            shift = (index - (len(inits) - 1) / 2) * 0.22
+            color = INIT_COLORS.get(init, INK)
+            for row in rows[rows["init"] == init].to_dict("records"):
+                y = metrics.index(row["metric"]) + shift
+                label = init if row["metric"] == metrics[0] else None
+                if np.isfinite(row["low"]) and np.isfinite(row["high"]):
+                    axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.2, alpha=0.55, solid_capstyle="round")
+                if np.isfinite(row["value"]):
+                    axes.plot(row["value"], y, INIT_MARKERS.get(init, "o"), color=color, markersize=8, label=label,
+                              markeredgecolor="white")
+                    end = row["high"] if np.isfinite(row["high"]) else row["value"]
+                    axes.annotate(f"{row['value']:.2f}", (end, y), xytext=(6, 0), textcoords="offset points", va="center",
+                                  fontsize=8.5, color=color)
+        axes.set_yticks(range(len(metrics)), [names.get(name, readable(name)) for name in metrics])
+        axes.set(xlim=(-0.02, 1.08), ylim=(len(metrics) - 0.4, -0.6))
+        axes.grid(axis="y", visible=False)
+        axes.set_title(f"Per video, with {confidence:.0%} intervals over patients")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame], columns: Sequence[str], title: str,
+                colors: Mapping[str, str] | None = None, stamp: str = "") -> None:
+    """Learning curves, one panel a column, one line a run.
+
+    Args:
+        curves: by run name, a table with a column `x` (epoch or step) and number columns; a run may lack some.
+        columns: which columns are drawn, in order.
+        colors: line colour by run name.
+    """
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    unit = str(next(iter(curves.values())).attrs.get("x", "epoch"))
+    with _card(path, stamp, figsize=(3.5 * across + 0.3, 2.5 * down + 0.4)) as figure:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        for index, column in enumerate(columns):
+            axes = figure.add_subplot(down, across, index + 1)
+            for number, (name, table) in enumerate(curves.items()):
+                if column not in table.columns:
+                    continue
+                part = table[["x", column]].dropna()
+                color = (colors or {}).get(name, CLASS_COLORS[number % len(CLASS_COLORS)])
+                axes.plot(part["x"], part[column], color=color, linestyle=LINES[number % len(LINES)], linewidth=1.4,
+                          alpha=0.9, label=_plain(name), marker="." if len(part) < 4 else None)
+            axes.set_title(readable(column), fontsize=9.5, fontweight="normal", color=INK)
+            axes.margins(x=0.02)
+            if index >= len(columns) - across:
+                axes.set_xlabel(unit, fontsize=9, color=MUTED)
+            if index == 0 and len(curves) <= 8:
+                axes.legend(fontsize=7.5)
+
+
+def draw_gallery(path: Path, cases: Sequence[Mapping[str, Any]], title: str, stamp: str = "") -> None:
+    """Frames of chosen videos, one row a video.
+
+    Args:
+        cases: each with `images` (uint8 arrays [H, W] or [H, W, 3]), `truth`, `predicted`, `probability`, `correct`.
+    """
+    across = max(len(case["images"]) for case in cases)
+    with _card(path, stamp, figsize=(1.7 * across + 3.0, 1.75 * len(cases) + 0.5)) as figure:
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+        grid = figure.add_gridspec(len(cases), across + 1, width_ratios=[1.6, *([1] * across)])
+        for row, case in enumerate(cases):
+            text = figure.add_subplot(grid[row, 0])
+            text.axis("off")
+            word, color = ("right", "#1b6e3c") if case["correct"] else ("wrong", "#a61e1e")
+            text.text(0, 0.5, f"{word}\ntruth: {_plain(case['truth'])}\npredicted: {_plain(case['predicted'])}"
+                              f"\np = {case['probability']:.2f}", va="center", fontsize=9, color=color)
+            for column, image in enumerate(case["images"]):
+                axes = figure.add_subplot(grid[row, column + 1])
+                axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+                axes.axis("off")

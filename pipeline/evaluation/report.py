@@ -1,0 +1,222 @@
+"""One self-contained HTML page from the results: words a clinician reads, tables, pictures as data URIs, no scripts.
+
+Computes nothing but sentences; the numbers come from `pipeline.evaluation.evaluate`. Everything from outside (class
+names, warnings, parameters) passes through Jinja's autoescape.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from pipeline.config import Config
+from pipeline.files import atomic_write
+from pipeline.tracking_context import environment_tags
+
+__all__ = [
+    "Picture", "ReportContent", "Table", "cautions", "headline_sentence", "interval_words", "verdict", "write_report",
+]
+
+METRIC_NAMES = {
+    "balanced_accuracy": "Balanced accuracy", "accuracy": "Accuracy", "macro_f1": "Macro F1", "macro_auroc": "AUROC",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG on disk, with the text for readers who do not see it and the caption for those who do."""
+
+    path: Path
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of ready-made cells; columns named in `numeric` are set right-aligned."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    numeric: Sequence[str] = ()
+    note: str = ""
+
+
+@dataclass
+class ReportContent:
+    """Everything the page shows. `metrics` is the content of metrics.json."""
+
+    title: str
+    metrics: Mapping[str, Any]
+    classes: Sequence[str]
+    confidence: float
+    verdict: Mapping[str, str] | None
+    cautions: Sequence[str]
+    stamps: Sequence[str]
+    pictures: Mapping[str, Sequence[Picture]]
+    tables: Mapping[str, Sequence[Table]]
+    wrong: Sequence[Mapping[str, Any]] = ()
+    right: Sequence[Mapping[str, Any]] = ()
+    wrong_total: int = 0
+    parameters: Sequence[tuple[str, str]] = ()
+    commands: Sequence[tuple[str, str]] = ()
+    warnings: Sequence[str] = ()
+    environment: Sequence[tuple[str, str]] = field(default_factory=lambda: environment())
+
+
+def number(value: Any, digits: int = 2) -> str:
+    """`0.71`, a true minus sign, or a dash for what is undefined."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "−")
+
+
+def signed(value: Any, digits: int = 2) -> str:
+    """`+0.12` or `−0.03`."""
+    text = number(value, digits)
+    return text if text.startswith(("−", "–")) or float(text) == 0 else f"+{text}"
+
+
+def percent(value: float) -> str:
+    """`95 %`, with a space that does not break."""
+    return f"{100 * value:.3g}\u00a0%"
+
+
+def p_words(value: float | None) -> str:
+    """`p = 0.03` or `p < 0.001`."""
+    if value is None:
+        return "p undefined"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+
+
+def interval_words(values: Mapping[str, Any], metric: str, confidence: float) -> str:
+    """`0.71 (95 % interval 0.60 to 0.81)`; says so where no interval could be computed."""
+    low, high = values.get(f"{metric}_low"), values.get(f"{metric}_high")
+    if low is None or high is None:
+        return f"{number(values.get(metric))} (no interval: too few patients)"
+    return f"{number(values.get(metric))} ({percent(confidence)} interval {number(low)} to {number(high)})"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 patient`, `24 patients`, `2 classes`."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{'' if count == 1 else ending}".replace(",", "\u202f")
+
+
+def headline_sentence(metrics: Mapping[str, Any], confidence: float) -> str:
+    """The one sentence a reader takes home, e.g. `Balanced accuracy per video 0.71 (95 % interval 0.60 to 0.81), 24
+    patients, 48 videos, 3 folds`, followed by its stamps."""
+    values = metrics[metrics["headline_init"]]["video"]
+    unit = "patient" if metrics["group"] == "patient" else "group"
+    parts = [
+        f"Balanced accuracy per video {interval_words(values, 'balanced_accuracy', confidence)}",
+        plural(metrics["patients"], unit), plural(metrics["videos"], "video"), plural(metrics["folds"], "fold"),
+    ]
+    if metrics["seeds"] > 1:
+        parts.append(f"mean of {metrics['seeds']} seeds")
+    stamp = f" – {metrics['stamp']}" if metrics["stamp"] else ""
+    return ", ".join(parts) + stamp
+
+
+def verdict(difference: Mapping[str, Any] | None, confidence: float) -> dict[str, str] | None:
+    """Answer to `does pretraining help?` from the paired difference in balanced accuracy per video.
+
+    Returns:
+        `answer` (one or two words), `kind` (yes | no | open) and `sentence`; None when nothing was compared.
+    """
+    if not difference:
+        return None
+    gain, low, high = (difference.get(f"balanced_accuracy{end}") for end in ("", "_low", "_high"))
+    if gain is None or low is None or high is None:
+        return {"answer": "Unknown", "kind": "open", "sentence": "The difference could not be computed: too few patients."}
+    numbers = (f"{signed(gain)} balanced accuracy per video against the same network without pretraining "
+               f"({percent(confidence)} interval {signed(low)} to {signed(high)}, {p_words(difference.get('balanced_accuracy_p'))})")
+    if low > 0:
+        return {"answer": "Yes", "kind": "yes", "sentence": f"{numbers}. The whole interval lies above zero."}
+    if high < 0:
+        return {"answer": "No", "kind": "no",
+                "sentence": f"{numbers}. The whole interval lies below zero: on these data pretraining did harm."}
+    return {"answer": "Not shown", "kind": "open",
+            "sentence": f"{numbers}. The interval contains zero: these patients are compatible with a gain and with a loss."}
+
+
+def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
+    """What the numbers may not be used for, strongest first, from the facts of this run."""
+    lines: list[str] = []
+    phantom = Path(config.data.source).as_posix() == "data/phantom"
+    if phantom:
+        lines.append("The videos are synthetic phantoms. The numbers show that the pipeline works; they say nothing about patients.")
+    if "optimistic" in metrics["stamp"]:
+        lines.append("The training epoch was chosen on the same patients that are reported (as some published protocols do). "
+                     "Expect lower values on new patients; use these numbers only to compare with such publications.")
+    if "transductive" in metrics["stamp"]:
+        lines.append("Pretraining saw the videos (not the labels) of the patients that are tested. Values for patients the encoder "
+                     "has never seen may be lower.")
+    if metrics["group"] != "patient":
+        lines.append("Patient identities were not given, so videos were treated as independent. If two videos come from one "
+                     "patient, the values are too high and the intervals too narrow.")
+    if not phantom:
+        lines.append("Not for diagnosis, and not a statement about other hospitals, scanners or patient groups: all patients "
+                     "come from one collection, and no external validation was made.")
+    if metrics["patients"] < 100:
+        lines.append(f"With {metrics['patients']} patients the interval is the message, not the number: two systems whose "
+                     "intervals overlap widely are not shown to differ.")
+    if metrics["seeds"] == 1:
+        lines.append("One training run per fold: variation between repeated trainings is not in the intervals "
+                     "(finetune.seeds adds repeats).")
+    lines.append("Probabilities are not calibrated; a 0.9 does not mean nine in ten.")
+    if any("excluded" in line for line in warnings):
+        lines.append("Rare classes were left out of the evaluation (see warnings); the task was easier than clinical practice.")
+    return lines
+
+
+def environment() -> list[tuple[str, str]]:
+    """Python, system and package versions; nothing that names the machine."""
+    return [(key.removeprefix("env."), value) for key, value in environment_tags().items() if key != "env.cpus"]
+
+
+def png_uri(path: Path) -> str:
+    """The file as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii")
+
+
+def frame_uri(image: np.ndarray, side: int = 220) -> str:
+    """A frame (uint8 [H, W] or [H, W, 3]), shrunk to `side` pixels, as a JPEG data URI."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _environment() -> Environment:
+    jinja = Environment(
+        loader=PackageLoader("pipeline.evaluation", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri)
+    jinja.globals.update(plural=plural, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
+    return jinja
+
+
+def write_report(path: Path, content: ReportContent) -> None:
+    """Render the page and write it atomically; about 1 MB for 20 cases of 3 frames."""
+    main = content.metrics[content.metrics["headline_init"]]
+    page = _environment().get_template("report.html.j2").render(
+        c=content, m=content.metrics, main=main, headline=headline_sentence(content.metrics, content.confidence),
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    )
+    atomic_write(path, page)

@@ -1,0 +1,163 @@
+"""The numbers of metrics.json: out-of-fold metrics per initialisation, folds, seeds, baseline and paired difference.
+
+Seeds are scored one by one and averaged. Whatever makes a number better than it would be for a new patient is a stamp that
+stands beside every number it touches.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+import pandas as pd
+
+from pipeline.config import Config
+from pipeline.data.splits import Splits
+from pipeline.evaluation.metrics import Scores, aggregate, classification_metrics
+from pipeline.evaluation.predictions import Item, probability_columns
+from pipeline.evaluation.report import METRIC_NAMES, headline_sentence
+from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap, permutation_test
+
+__all__ = ["METRICS", "OPTIMISTIC", "TRANSDUCTIVE", "summarise"]
+
+OPTIMISTIC = "optimistic (selected on test)"
+TRANSDUCTIVE = "transductive pretraining"
+LEVELS = ("frame", "video", "patient")
+METRICS = tuple(METRIC_NAMES)
+"""Metrics with intervals and differences; the others (AUPRC, log loss, Brier score, calibration error) stand without."""
+BASELINE_METRICS = ("balanced_accuracy", "accuracy", "macro_f1")
+"""Metrics of the hard decision; a constant answer has no ranking."""
+
+
+def _stamps(config: Config, items: Sequence[Item], splits: Splits) -> list[str]:
+    """What makes the numbers of these items better than for a new patient."""
+    stamps: dict[str, None] = {}
+    for item in items:
+        card = item.card
+        if card.stamp:
+            stamps[card.stamp] = None
+        if card.selection == "best_on_test":
+            stamps[OPTIMISTIC] = None
+        seen = set(card.pretrain_groups) & {splits.groups[video] for video in splits.fold(card.fold).test}
+        # Without a list of groups nothing proves that the main source was not pretrained on.
+        unknown = card.pretrain_scope == "all" and not card.pretrain_groups and "main" in config.pretrain.sources
+        if card.pretrain_scope == "all" and (seen or unknown):
+            stamps[TRANSDUCTIVE] = None
+    return list(stamps)
+
+
+def summarise(config: Config, splits: Splits, items: Sequence[Item], tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """All numbers of metrics.json from the tables of the three levels; see `evaluate`."""
+    inits = list(dict.fromkeys(config.finetune.initialisations))
+    first = "pretrained" if "pretrained" in inits else inits[0]
+    stamps = {init: _stamps(config, [item for item in items if item.card.init == init], splits) for init in inits}
+    metrics: dict[str, Any] = {
+        "schema": 1, "headline_init": first, "group": splits.group, "stamp": ", ".join(dict.fromkeys(sum(stamps.values(), []))),
+        "patients": len({splits.groups[video] for video in splits.labels}), "videos": len(splits.labels),
+        "frames": len(tables["frame"].drop_duplicates(["video", "frame"])), "folds": len(splits.folds),
+        "seeds": len(set(config.finetune.seeds)), "chance": 1 / len(splits.classes),
+        "aggregation": config.evaluate.aggregation, "bootstrap": config.evaluate.bootstrap,
+        "confidence": config.evaluate.confidence,
+    }
+    for init in inits:
+        own = {level: table[table["init"] == init] for level, table in tables.items()}
+        metrics[init] = _one_initialisation(config, splits, own, ", ".join(stamps[init]))
+    metrics["majority"] = _majority(config, splits, tables["frame"], inits[0])
+    if {"pretrained", "random"} <= set(inits):
+        metrics["difference"] = _differences(config, splits, tables, metrics["stamp"])
+    headline = metrics[first]["video"]
+    top = {f"balanced_accuracy{end}": headline[f"balanced_accuracy{end}"] for end in ("", "_low", "_high")}
+    if "difference" in metrics:
+        gain = metrics["difference"]["video"]
+        top |= {f"pretraining_gain{end}": gain[f"balanced_accuracy{end}"] for end in ("", "_low", "_high", "_p")}
+    sentence = headline_sentence(metrics, config.evaluate.confidence)
+    return {"headline": sentence, **top, **metrics}
+
+
+def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: str) -> dict[str, Any]:
+    """Metrics of one initialisation at one level: mean over seeds, spread over seeds, intervals over patients."""
+    per_seed = [classification_metrics(Scores.from_table(part, classes)) for _, part in table.groupby("seed")]
+    result = _average(per_seed)
+    if len(per_seed) > 1:
+        for name in METRICS:
+            values = [one[name] for one in per_seed]
+            result[f"{name}_seed_sd"] = stdev(values) if None not in values else None
+    settings = config.evaluate
+    intervals = bootstrap_intervals(
+        Scores.from_table(table, classes), METRICS, replicates=settings.bootstrap, confidence=settings.confidence,
+        seed=settings.seed,
+    )
+    for name in METRICS:
+        result[f"{name}_low"], result[f"{name}_high"] = intervals[name].low, intervals[name].high
+        if intervals[name].reason:
+            result["undefined"][f"{name} interval"] = intervals[name].reason
+    return {**result, "stamp": stamp}
+
+
+def _average(values: Sequence[Any]) -> Any:
+    """Mean of equally shaped results; None where one of them is undefined; text and class names of the first."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _average([value[key] for value in values if key in value]) for key in keys}
+    if isinstance(first, list):
+        return [_average(list(column)) for column in zip(*values, strict=True)]
+    if any(value is None for value in values):
+        return None
+    return first if isinstance(first, (str, bool)) or len(values) == 1 else mean(values)
+
+
+def _one_initialisation(config: Config, splits: Splits, tables: Mapping[str, pd.DataFrame], stamp: str) -> dict[str, Any]:
+    """All levels, every fold at video level, and mean and standard deviation over folds."""
+    result: dict[str, Any] = {level: _level(config, tables[level], splits.classes, stamp) for level in LEVELS}
+    videos = tables["video"]
+    folds = {str(fold): _level(config, part, splits.classes, stamp) for fold, part in videos.groupby("fold")}
+    kept = tuple(f"{name}{end}" for name in METRICS for end in ("", "_low", "_high"))
+    result["folds"] = {
+        fold: {key: values[key] for key in ("n", "patients", *kept, "undefined", "stamp")} for fold, values in folds.items()
+    }
+    spread: dict[str, Any] = {}
+    for name in METRICS:
+        values = [fold[name] for fold in result["folds"].values() if fold[name] is not None]
+        spread[name] = mean(values) if values else None
+        spread[f"{name}_sd"] = stdev(values) if len(values) > 1 else None
+        spread[f"{name}_folds"] = len(values)
+    return {"stamp": stamp, **result, "fold_mean": {**spread, "stamp": stamp}}
+
+
+def _majority(config: Config, splits: Splits, frames: pd.DataFrame, init: str) -> dict[str, Any]:
+    """What always answering the most frequent class of the fold's training videos would score."""
+    seed = frames["seed"].min()
+    table = frames[(frames["init"] == init) & (frames["seed"] == seed)].copy()
+    for fold in splits.folds:
+        counts = Counter(splits.labels[video] for video in fold.train)
+        answer = max(splits.classes, key=lambda name: counts[name])
+        for name, column in zip(splits.classes, probability_columns(splits.classes), strict=True):
+            table.loc[table["fold"] == fold.fold, column] = float(name == answer)
+    levels = {"frame": table, **{level: aggregate(table, splits.classes, level) for level in ("video", "patient")}}
+    result: dict[str, Any] = {}
+    for level, part in levels.items():
+        values = classification_metrics(Scores.from_table(part, splits.classes))
+        result[level] = {name: values[name] for name in BASELINE_METRICS}
+    return result
+
+
+def _differences(config: Config, splits: Splits, tables: Mapping[str, pd.DataFrame], stamp: str) -> dict[str, Any]:
+    """Pretrained minus random on the same patients: bootstrap interval and permutation p value."""
+    settings = config.evaluate
+    result: dict[str, Any] = {}
+    for level in LEVELS:
+        table = tables[level]
+        first, second = (Scores.from_table(table[table["init"] == init], splits.classes) for init in ("pretrained", "random"))
+        # Ranking every frame anew in ten thousand exchanges takes minutes on large data and answers no clinical question.
+        names = BASELINE_METRICS if level == "frame" else METRICS
+        values: dict[str, Any] = {"stamp": stamp}
+        for name in names:
+            drawn = paired_bootstrap(first, second, name, replicates=settings.bootstrap, confidence=settings.confidence,
+                                     seed=settings.seed)
+            values |= {name: drawn.difference, f"{name}_low": drawn.low, f"{name}_high": drawn.high,
+                       f"{name}_p": permutation_test(first, second, name, seed=settings.seed).p_value}
+        result[level] = values
+    return result

@@ -1,0 +1,36 @@
+"""Judge the fine-tuned models of all folds and write metrics, tables, plots and the report.
+
+    python stages/evaluate.py        (parameters: evaluate, finetune and split.folds of params.yaml)
+
+Reads models/finetuned/*, data/splits.json and data/frames/main; writes reports/evaluate/.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipeline.cli import run_stage
+from pipeline.config import fingerprint, load_config
+from pipeline.data.splits import Splits
+from pipeline.data.store import FrameStore
+from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results
+from pipeline.tracking import link_skipped, open_tracker
+
+
+def main() -> None:
+    config = load_config()
+    splits = Splits.read(Path("data/splits.json"))
+    store = FrameStore(Path("data/frames/main"))
+    folders = [card.parent for card in Path("models/finetuned").glob("*/card.json")]
+    output = Path("reports/evaluate")
+    with open_tracker(config, "evaluate", fingerprint=fingerprint(config.evaluate, splits.manifest_digest)) as tracker:
+        stages = link_skipped(tracker)
+        metrics = evaluate(config, folders, splits, store, output, stages)
+        log_results(tracker, metrics, output)
+        tracker.write_sidecar(Path("reports/runs/evaluate.json"), metrics=headline_metrics(metrics))
+    print(f"evaluate: {metrics['headline']}. Report: {output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main))
