@@ -260,6 +260,7 @@ def _metrics(manifest: Manifest, results: list[Extracted], seconds: float) -> di
     decoded = sum(result.facts.frames_decoded for result in fresh)
     cpu = sum(result.cpu_seconds for result in fresh)
     return {
+        "rows": len(rows),
         "videos": sum(row.kind != "image" for row in rows),
         "images": sum(row.kind == "image" for row in rows),
         "frames": sum(row.frames for row in rows),

@@ -83,7 +83,7 @@ class _Opened:
             raise DataError(f"{error.filename}: missing. Run the extract stage again (dvc repro extract).") from None
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{tar}: cannot be read ({error}). Delete it and run the extract stage again.") from None
-        if self.index.dtype != np.int64 or self.index.shape != (row.frames, 2):
+        if self.index.dtype != np.int64 or self.index.shape != (row.frames, 2) or row.frames < 1:
             raise DataError(
                 f"{index}: holds {self.index.dtype} {list(self.index.shape)}, the manifest says int64 [{row.frames}, 2]"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ VIDEO_EXTENSIONS = frozenset(
 ASSUMED_FPS = 25.0
 """Used only where sampling by time is asked for and neither container nor table states a usable rate."""
 
+_ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}
 _STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
 _NUMBERED = re.compile(r"\d+", re.ASCII)
 
@@ -67,6 +69,12 @@ class Survey:
     notes: list[str] = field(default_factory=list)
 
 
+def _printable(path: Path) -> str:
+    """A relative path as text that can be stored and shown: control characters and bytes outside UTF-8 are escaped."""
+    text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    return "".join(letter if unicodedata.category(letter) != "Cc" else f"\\x{ord(letter):02x}" for letter in text)
+
+
 def _sniff(path: Path) -> str:
     """`image` or `video`, by the first bytes; unreadable files count as video and fail when opened, with a reason."""
     try:
@@ -85,7 +93,7 @@ def _is_frame_folder(folder: Path, names: list[str], subfolders: list[str], sing
         path = Path(name)
         if path.suffix.lower() not in IMAGE_EXTENSIONS or not _NUMBERED.fullmatch(path.stem):
             return False
-    return not any((folder / name).relative_to(root).as_posix() in single for name in names)
+    return not any(_printable((folder / name).relative_to(root)) in single for name in names)
 
 
 def find_media(root: Path, named: Collection[str] = ()) -> Survey:
@@ -119,11 +127,11 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
             (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(home) for name in folders
         )
         if _is_frame_folder(folder, inside, folders, named, root):
-            survey.media.append(Media(folder.relative_to(root).as_posix(), "frames", folder))
+            survey.media.append(Media(_printable(folder.relative_to(root)), "frames", folder))
             continue
         for name in inside:
             path = folder / name
-            relative, extension = path.relative_to(root).as_posix(), path.suffix.lower()
+            relative, extension = _printable(path.relative_to(root)), path.suffix.lower()
             if relative in named or extension in IMAGE_EXTENSIONS or extension in VIDEO_EXTENSIONS:
                 survey.media.append(Media(relative, _sniff(path), path))
             elif extension != ".csv":
@@ -245,13 +253,31 @@ class _Stills:
             _note(self._warnings, f"still with {pages} pages: only the first is kept")
         if mode.startswith(("I", "F")):
             _note(self._warnings, "more than 8 bits a pixel: only the upper 8 are kept")
-        frame = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-        if frame is None:
+        raw = np.fromfile(path, np.uint8)
+        frame = cv2.imdecode(raw, cv2.IMREAD_COLOR)
+        if frame is None or not _is_whole(path, raw):
             raise DataError(f"{name}: the image cannot be decoded (damaged or cut off)")
         return frame
 
     def close(self) -> None:
         self._files = []
+
+
+def _is_whole(path: Path, raw: np.ndarray) -> bool:
+    """Whether an image is not cut off. OpenCV fills what is missing with grey and says nothing.
+
+    JPEG and PNG have an end mark; a file without it is decoded once more by Pillow, which does complain.
+    """
+    tail = raw[-64:].tobytes()
+    for start, end in _ENDINGS.items():
+        if raw[: len(start)].tobytes() == start and end in tail:
+            return True
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
 
 
 def _note(warnings: list[str], text: str) -> None:
@@ -326,6 +352,8 @@ class MediaReader:
             yield from self._read(frames)
         except (cv2.error, MemoryError) as error:
             raise DataError(f"{self.media.path}: decoding failed ({type(error).__name__})") from None
+        except OSError as error:
+            raise DataError(f"{self.media.path}: cannot be read ({error.strerror})") from None
         finally:
             frames.close()
 
