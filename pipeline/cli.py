@@ -94,7 +94,12 @@ def _preset(arguments: argparse.Namespace) -> int:
 def _sync(arguments: argparse.Namespace) -> int:
     from pipeline.tracking import sync
 
-    sync()
+    summary = sync()
+    print(
+        f"delivered {summary['runs']} run(s), {summary['events']} events"
+        + (f"; {summary['in_use']} still being written" if summary["in_use"] else "")
+        + (f"; {summary['refused']} events that the store does not take are kept" if summary["refused"] else "")
+    )
     return 0
 
 

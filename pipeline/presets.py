@@ -128,7 +128,10 @@ def write_preset(preset: Preset, path: Path = Path("params.yaml")) -> list[str]:
     load_config(path)
     editor = YAML()
     editor.preserve_quotes = True
-    editor.width = 1_000_000
+    editor.width = 120
+    editor.representer.add_representer(
+        type(None), lambda representer, value: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     document = editor.load(path.read_text(encoding="utf-8"))
     changes: list[str] = []
     for key, value in preset.values.items():
@@ -150,13 +153,15 @@ def write_preset(preset: Preset, path: Path = Path("params.yaml")) -> list[str]:
             value = sequence
         changes.append(f"{key}: {_show(old)} -> {_show(value)}")
         node[last] = value
-    text = io.StringIO()
-    editor.dump(document, text)
+    buffer = io.StringIO()
+    editor.dump(document, buffer)
+    # Where a long flow mapping is wrapped, the editor leaves the blank behind the comma at the end of the line.
+    text = re.sub(r", +$", ",", buffer.getvalue(), flags=re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         candidate = Path(folder) / "params.yaml"
-        candidate.write_text(text.getvalue(), encoding="utf-8")
+        candidate.write_text(text, encoding="utf-8")
         load_config(candidate)
-    atomic_write(path, text.getvalue())
+    atomic_write(path, text)
     return changes
 
 
