@@ -12,6 +12,8 @@ from pipeline.data.manifest import Manifest
 
 __all__ = ["group_videos"]
 
+SHOWN = 20
+"""Joints told one by one; a data set with more of them has another problem."""
 _TWO_PATIENTS = re.compile(r"same content under two patients: ([P0-9a-f ]+)")
 
 
@@ -66,8 +68,10 @@ def group_videos(
         names = [forest.base[video] for video in (first, second)]
         if forest.join(*names):
             joined += 1
-            if by_patient:
+            if by_patient and joined <= SHOWN:
                 warnings.append(f"near-duplicate videos {first} ({names[0]}) and {second} ({names[1]}) are kept in one group")
+    if by_patient and joined > SHOWN:
+        warnings.append(f"{joined - SHOWN} more pairs of near-duplicate videos joined groups (reports/split/near_duplicates.csv)")
     if joined > max(2, total // 5):
         warnings.append(
             f"near-duplicates joined {joined} of {total} groups: unusually many, so look at some pairs "

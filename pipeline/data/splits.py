@@ -246,6 +246,10 @@ def make_splits(
     return splits
 
 
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
 def _choose_classes(
     manifest: Manifest, config: Config, given: GivenSplit | None, groups: Mapping[str, str], warnings: list[str]
 ) -> tuple[list[str], dict[str, str]]:
@@ -254,22 +258,23 @@ def _choose_classes(
     for row in manifest.rows:
         if row.label:
             members.setdefault(row.label, set()).add(groups[row.video])
-    unit, folds = f"{config.data.group}s", len(config.split.folds)
-    counts = ", ".join(f"{name}: {len(members[name])} {unit}" for name in sorted(members)) or "none"
+    unit, folds = config.data.group, len(config.split.folds)
+    counts = ", ".join(f"{name}: {_count(len(members[name]), unit)}" for name in sorted(members)) or "none"
     if not members:
         raise DataError(
             f"no video of {config.data.source} has a label, so there is nothing to evaluate. Check data.labels, "
             f"data.label_column and data.include (the manifest has {len(manifest.rows)} videos)."
         )
+    key = "data.classes" if config.data.classes or not given else "classes of split.file"
     wanted = list(dict.fromkeys(config.data.classes or (given.classes if given else []) or sorted(members)))
     for name in wanted:
         if name not in members:
-            raise DataError(f"data.classes: no video has label '{name}'. Found: {counts}.{did_you_mean(name, members)}")
+            raise DataError(f"{key}: no video has label '{name}'. Found: {counts}.{did_you_mean(name, members)}")
     excluded = {name: "not in the chosen classes" for name in sorted(set(members) - set(wanted))}
-    rare = {name: f"{len(members[name])} {unit} < {folds} folds" for name in wanted if len(members[name]) < folds}
+    rare = {name: f"{_count(len(members[name]), unit)} < {folds} folds" for name in wanted if len(members[name]) < folds}
     if rare and config.split.rare_classes == "fail":
         raise DataError(
-            f"class {', '.join(f'{name} ({reason})' for name, reason in rare.items())}: too few {unit} for every fold to test "
+            f"class {', '.join(f'{name} ({reason})' for name, reason in rare.items())}: too few {unit}s for every fold to test "
             f"one. Found: {counts}. Use fewer split.folds, leave the class out of data.classes, or set "
             "split.rare_classes: exclude."
         )
@@ -277,7 +282,7 @@ def _choose_classes(
     usable = [name for name in wanted if name not in rare]
     if len(usable) < 2:
         raise DataError(
-            f"classification needs 2 classes with at least {folds} {unit} each (one a fold); usable: "
+            f"classification needs 2 classes with at least {folds} {unit}s each (one a fold); usable: "
             f"{', '.join(usable) or 'none'}. Found: {counts}. Use fewer split.folds (at least 2), or more data."
         )
     return usable, excluded | rare
@@ -290,11 +295,10 @@ def _warn_unknown_patients(
     if not by_patient:
         return
     alone = sorted(row.video for row in manifest.rows if row.video in labels and not row.patient)
-    for video in alone:
-        warnings.append(f"labelled video {video} has no patient and counts as a patient of its own: it may share one with others")
     if alone:
         warnings.append(
-            f"{len(alone)} of {len(labels)} labelled videos have no patient; folds may leak. Fill data.patient_column."
+            f"{len(alone)} of {len(labels)} labelled videos have no patient and count as a patient each, so that clips of one "
+            f"person may lie on both sides of a fold: {_some(alone)}. Fill data.patient_column."
         )
     if blocked:
         warnings.append(
