@@ -329,6 +329,10 @@ def test_check__finds_planted_leaks() -> None:
         replace(splits, folds=[Fold(0, [], first.train, []), *splits.folds[1:]]).check()
     with pytest.raises(DataError, match="is in no test fold"):
         replace(splits, folds=splits.folds[1:]).check()
+    with pytest.raises(DataError, match="fold 0 lists a video twice"):
+        replace(splits, folds=[replace(first, test=[*first.test, first.test[0]]), *splits.folds[1:]]).check()
+    with pytest.raises(DataError, match=r"numbered \[1, 0, 2\]"):
+        replace(splits, folds=[splits.folds[1], first, splits.folds[2]]).check()
 
 
 def test_read__damaged_files_are_named(tmp_path: Path) -> None:

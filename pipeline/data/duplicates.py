@@ -40,7 +40,7 @@ FINE_SCALES = (0.95, 0.965, 0.98, 1.0, 1.02, 1.035, 1.05)
 
 @dataclass(frozen=True)
 class VideoPrint:
-    """What is compared: `hash` bool [64]; `frames` float32 [9, 64, 64], or [1, 64, 64] for a still or unmoving clip."""
+    """What is compared: `hash` bool [64]; `frames` uint8 [9, 64, 64], or [1, 64, 64] for a still or unmoving clip."""
 
     video: str
     hash: np.ndarray
@@ -85,7 +85,8 @@ def print_video(video: str, frames: Sequence[np.ndarray]) -> VideoPrint:
     small = np.stack([_resize(frame, SIDE) for frame in trimmed])
     if float(np.sqrt(((small - small.mean(0)) ** 2).mean())) < MOVING:
         small = small.mean(0, keepdims=True)
-    return VideoPrint(video, low > np.median(low[1:]), small)
+    # Bytes, because prints of all videos are held at once; rounding is far below the differences that count.
+    return VideoPrint(video, low > np.median(low[1:]), np.rint(small).astype(np.uint8))
 
 
 def read_prints(store: FrameStore) -> dict[str, VideoPrint]:
@@ -128,7 +129,7 @@ def _search(first: Sequence[np.ndarray], second: Sequence[np.ndarray], scales: S
 
 
 def _compare(first: VideoPrint, second: VideoPrint, distance: int) -> NearDuplicate | None:
-    left, right = first.frames, second.frames
+    left, right = first.frames.astype(np.float32), second.frames.astype(np.float32)
     if len(left) != len(right):
         return None  # a still cut out of a clip is another kind of kinship, and no motion could confirm it
     some = slice(1, None, 3) if len(left) == FRAMES else slice(None)

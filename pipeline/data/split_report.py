@@ -20,7 +20,9 @@ __all__ = ["balance_rows", "describe_folds", "run_split", "split_metrics", "writ
 BALANCE_COLUMNS = ("fold", "part", "class", "patients", "videos", "frames")
 # Okabe & Ito: told apart by readers with any colour vision, and in grey print by their lightness.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-FORMATTING = {"patients": "patients\n(one with two classes counts in both)", "videos": "videos", "frames": "stored frames"}
+DARK_COLORS = (0, 7)
+SMALLEST_LABELLED = 0.05
+"""Part of the tallest bar below which a number would not fit into its piece."""
 
 
 def run_split(config: Config, stores: Path, output: Path, reports: Path) -> tuple[Splits, dict[str, Any]]:
@@ -55,7 +57,7 @@ def run_split(config: Config, stores: Path, output: Path, reports: Path) -> tupl
     _write_csv(reports / "balance.csv", BALANCE_COLUMNS, rows)
     _write_csv(reports / "near_duplicates.csv", ("first", "second", "group", "hash_distance", "similarity", "motion"),
                [_pair_row(pair, splits) for pair in pairs])
-    write_balance_plot(reports / "balance.png", rows, splits.classes)
+    write_balance_plot(reports / "balance.png", rows, splits.classes, splits.group)
     return splits, metrics
 
 
@@ -137,28 +139,36 @@ def describe_folds(splits: Splits, metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> None:
-    """Stacked bars of every fold's test part by class: patients, videos and frames, with the even share as a line."""
+def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: Sequence[str], group: str) -> None:
+    """Stacked bars of every fold's test part by class: groups, videos and frames, with the even share as a line.
+
+    `rows` are those of `balance_rows`; `group` is the word for a group, `patient` or `video`.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     test = [row for row in rows if row["part"] == "test"]
     folds = sorted({row["fold"] for row in test})
     figure = Figure(figsize=(3.0 + 0.55 * max(len(folds), 4) * 3, 3.9), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    for axes, key in zip(panels, ("patients", "videos", "frames"), strict=True):
+    titles = {"patients": f"{group}s (with two classes: counted in both)", "videos": "videos", "frames": "stored frames"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
         floor = [0] * len(folds)
+        tallest = max(sum(row[key] for row in test if row["fold"] == fold) for fold in folds)
         for position, label in enumerate(classes):
             heights = [next(row[key] for row in test if (row["fold"], row["class"]) == (fold, label)) for fold in folds]
             bars = axes.bar(folds, heights, 0.72, floor, color=COLORS[position % len(COLORS)], label=label, edgecolor="white",
                             hatch="//" if position >= len(COLORS) else None)
-            shown = [str(height) if height else "" for height in heights]
-            axes.bar_label(bars, shown, label_type="center", fontsize=7, color="white" if position % len(COLORS) in (0, 7) else "black")
+            shown = [str(height) if height > SMALLEST_LABELLED * tallest else "" for height in heights]
+            dark = position % len(COLORS) in DARK_COLORS
+            axes.bar_label(bars, shown, label_type="center", fontsize=7, color="white" if dark else "black")
             floor = [low + height for low, height in zip(floor, heights, strict=True)]
         even = axes.axhline(sum(floor) / len(folds), color="0.35", linestyle="--", linewidth=1)
         axes.set(xlabel="fold", xticks=folds)
-        axes.set_title(FORMATTING[key], fontsize=9)
+        axes.set_title(title, fontsize=9)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.08)
     handles, names = panels[0].get_legend_handles_labels()

@@ -150,10 +150,14 @@ class Splits:
         missing = sorted(set(self.labels) - set(tested))
         if missing:
             raise DataError(f"split: labelled video {missing[0]} is in no test fold ({len(missing)} such videos)")
+        if [fold.fold for fold in self.folds] != list(range(len(self.folds))) or len(self.folds) < 2:
+            raise DataError(f"split: folds are numbered {[fold.fold for fold in self.folds]}; expected 0, 1, ... and at least 2")
         homeless = sorted({*self.unlabelled, *(v for ids in self.extra_sources.values() for v in ids)} - set(self.groups))
         if homeless:
             raise DataError(f"split: video {homeless[0]} has no group ({len(homeless)} such videos)")
         for position, fold in enumerate(self.folds):
+            if len(set(fold.test)) < len(fold.test) or len(set(fold.train)) < len(fold.train):
+                raise DataError(f"split: fold {fold.fold} lists a video twice")
             self._apart(f"test of fold {fold.fold}", fold.test, f"training of fold {fold.fold}", fold.train)
             for other in self.folds[:position]:
                 self._apart(f"test of fold {other.fold}", other.test, f"test of fold {fold.fold}", fold.test)
