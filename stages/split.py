@@ -30,7 +30,10 @@ def main() -> None:
     for warning in splits.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(describe_folds(splits, metrics))
-    print(f"split: {metrics['folds']} folds in {output}, {metrics['warnings']} warnings; balance in {reports / 'balance.png'}")
+    print(
+        f"split: {metrics['folds']} folds in {output}, {metrics['warnings']} warnings; balance in "
+        f"{reports / 'balance.png'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, hand-worked cases and the published recipe's own numbers; class-absent and tie rules."""
+"""Metrics against scikit-learn, hand-worked cases and the published recipe's numbers; class-absent and tie rules."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from sklearn import metrics as reference
 
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import (
-    Scores, aggregate, auroc, average_precision, classification_metrics, confusion_matrix, expected_calibration_error,
-    harmonic_mean, malignancy_metrics, reliability_curve, select_epoch,
+    Scores,
+    aggregate,
+    auroc,
+    average_precision,
+    classification_metrics,
+    confusion_matrix,
+    expected_calibration_error,
+    harmonic_mean,
+    malignancy_metrics,
+    reliability_curve,
+    select_epoch,
 )
 
 CLASSES = ("a", "b", "c")
@@ -59,7 +68,12 @@ def test_classification_metrics__absent_classes_are_none_with_a_reason() -> None
     probabilities = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
     result = classification_metrics(Scores(np.array([0, 1, 1]), probabilities, np.array(["P", "P", "Q"]), CLASSES))
     assert result["per_class"]["c"] == {
-        "recall": None, "precision": None, "f1": None, "auroc": None, "auprc": None, "support": 0,
+        "recall": None,
+        "precision": None,
+        "f1": None,
+        "auroc": None,
+        "auprc": None,
+        "support": 0,
     }
     assert result["balanced_accuracy"] == pytest.approx((1 + 0.5) / 2)
     assert result["macro_f1"] == pytest.approx(2 / 3)
@@ -134,8 +148,13 @@ def test_scores__no_rows() -> None:
 def frames() -> pd.DataFrame:
     """Patient P has two healthy videos (3 and 1 frames) and an ill one, patient Q one ill video."""
     rows = [
-        ("v1", "P", "healthy", 0.9), ("v1", "P", "healthy", 0.8), ("v1", "P", "healthy", 0.1),
-        ("v2", "P", "healthy", 0.4), ("v3", "P", "ill", 0.2), ("v4", "Q", "ill", 0.5), ("v4", "Q", "ill", 0.3),
+        ("v1", "P", "healthy", 0.9),
+        ("v1", "P", "healthy", 0.8),
+        ("v1", "P", "healthy", 0.1),
+        ("v2", "P", "healthy", 0.4),
+        ("v3", "P", "ill", 0.2),
+        ("v4", "Q", "ill", 0.5),
+        ("v4", "Q", "ill", 0.3),
     ]
     table = pd.DataFrame(rows, columns=["video", "patient", "label", "p_healthy"])
     return table.assign(p_ill=1 - table["p_healthy"])
@@ -159,12 +178,18 @@ def test_aggregate__rules(how: str, videos: list[float], patients: list[float]) 
     assert (by_video["p_healthy"] + by_video["p_ill"]).tolist() == pytest.approx([1] * 4)
     by_patient = aggregate(frames(), ["healthy", "ill"], "patient", how)
     # One row for each label a patient carries, and long videos do not outvote short ones.
-    assert list(zip(by_patient["patient"], by_patient["label"], strict=True)) == [("P", "healthy"), ("P", "ill"), ("Q", "ill")]
+    assert list(zip(by_patient["patient"], by_patient["label"], strict=True)) == [
+        ("P", "healthy"),
+        ("P", "ill"),
+        ("Q", "ill"),
+    ]
     assert by_patient["p_healthy"].tolist() == pytest.approx(patients)
 
 
 def test_aggregate__models_stay_apart_and_order_does_not_matter() -> None:
-    both = pd.concat([frames().assign(init="pretrained", seed=0), frames().assign(init="random", seed=1, p_healthy=0.5, p_ill=0.5)])
+    both = pd.concat(
+        [frames().assign(init="pretrained", seed=0), frames().assign(init="random", seed=1, p_healthy=0.5, p_ill=0.5)]
+    )
     result = aggregate(both.sample(frac=1, random_state=0), ["healthy", "ill"], "video")
     assert len(result) == 8
     assert result.loc[result["init"] == "random", "p_ill"].tolist() == [0.5] * 4
@@ -216,8 +241,12 @@ def test_malignancy_metrics__reproduce_the_published_recipe(shared: Path, fold: 
         truth, predicted = golden[f"f{fold}.y_true"], golden[f"f{fold}.y_pred"]
         epochs = [malignancy_metrics(confusion_matrix(truth, row, 3)) for row in predicted]
         for ours, theirs in (("accuracy_3class", "acc3"), ("specificity", "spec"), ("sensitivity", "sens")):
-            np.testing.assert_allclose([epoch[ours] for epoch in epochs], golden[f"f{fold}.{theirs}"], rtol=0, atol=1e-9)
+            np.testing.assert_allclose(
+                [epoch[ours] for epoch in epochs], golden[f"f{fold}.{theirs}"], rtol=0, atol=1e-9
+            )
         chosen = select_epoch([(epoch["specificity"], epoch["sensitivity"]) for epoch in epochs], "harmonic_mean")
         assert chosen == int(golden[f"f{fold}.best_epoch"])
-        printed = [epochs[chosen][name] for name in ("accuracy_2class", "specificity", "sensitivity", "accuracy_3class")]
+        printed = [
+            epochs[chosen][name] for name in ("accuracy_2class", "specificity", "sensitivity", "accuracy_3class")
+        ]
         np.testing.assert_allclose(np.round(printed, 4), golden[f"f{fold}.best_printed_acc2_spec_sens_acc3"], atol=1e-9)

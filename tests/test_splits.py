@@ -26,22 +26,44 @@ def video_id(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def row(name: str, patient: str = "", label: str = "", frames: int = 10, warnings: str = "", source: str = "main") -> VideoRow:
+def row(
+    name: str, patient: str = "", label: str = "", frames: int = 10, warnings: str = "", source: str = "main"
+) -> VideoRow:
     """One manifest row; `patient` is the id of the labels table."""
     digest = hashlib.sha256(name.encode()).hexdigest()
     return VideoRow(
-        video=digest[:16], source=source, path=f"{name}.mp4", sha256=digest, patient=pseudonym(patient, ""), label=label,
-        kind="video", frames=frames, frames_decoded=frames, frames_claimed=frames, fps=10.0, fps_source="container", width=64,
-        height=64, stored_width=64, stored_height=64, channels=1, bytes=1, warnings=warnings,
+        video=digest[:16],
+        source=source,
+        path=f"{name}.mp4",
+        sha256=digest,
+        patient=pseudonym(patient, ""),
+        label=label,
+        kind="video",
+        frames=frames,
+        frames_decoded=frames,
+        frames_claimed=frames,
+        fps=10.0,
+        fps_source="container",
+        width=64,
+        height=64,
+        stored_width=64,
+        stored_height=64,
+        channels=1,
+        bytes=1,
+        warnings=warnings,
     )
 
 
 def table(spec: dict[str, list[int]], **more: Any) -> Manifest:
-    """`{class: [videos of patient 0, videos of patient 1, ...]}`; patients of different classes are different persons."""
-    return Manifest([
-        row(f"{label}-{patient}-{number}", f"{label}{patient}", label, **more)
-        for label, counts in spec.items() for patient, count in enumerate(counts) for number in range(count)
-    ])
+    """`{class: [videos of patient 0, videos of patient 1, ...]}`; no person has two classes."""
+    return Manifest(
+        [
+            row(f"{label}-{patient}-{number}", f"{label}{patient}", label, **more)
+            for label, counts in spec.items()
+            for patient, count in enumerate(counts)
+            for number in range(count)
+        ]
+    )
 
 
 def config(folds: int = 3, data: dict[str, Any] | None = None, **split: Any) -> Config:
@@ -90,7 +112,9 @@ def test_make_splits__patient_with_two_classes_stays_whole() -> None:
     manifest = Manifest([*table(SPEC).rows, *[row(f"both-{n}", "covid0", "regular") for n in range(3)]])
     splits = make_splits(manifest, config(3))
     groups_apart(splits)
-    home = [fold.fold for fold in splits.folds for video in fold.test if splits.groups[video] == pseudonym("covid0", "")]
+    home = [
+        fold.fold for fold in splits.folds for video in fold.test if splits.groups[video] == pseudonym("covid0", "")
+    ]
     assert len(home) == 6 and len(set(home)) == 1
 
 
@@ -123,10 +147,14 @@ def test_rare_class__excluded_with_reason_or_refused_with_counts() -> None:
 
 def test_classes__chosen_unknown_too_few_or_no_labels() -> None:
     splits = make_splits(table(SPEC), config(3, {"classes": ["regular", "covid"]}))
-    assert splits.classes == ["regular", "covid"] and splits.excluded_classes == {"pneumonia": "not in the chosen classes"}
+    assert splits.classes == ["regular", "covid"] and splits.excluded_classes == {
+        "pneumonia": "not in the chosen classes"
+    }
     with pytest.raises(DataError, match="data.classes: no video has label 'covd'.*Did you mean 'covid'"):
         make_splits(table(SPEC), config(3, {"classes": ["covd", "regular"]}))
-    with pytest.raises(DataError, match="2 classes with at least 3 patients each.*usable: regular.*regular: 4 patients"):
+    with pytest.raises(
+        DataError, match="2 classes with at least 3 patients each.*usable: regular.*regular: 4 patients"
+    ):
         make_splits(table({"regular": [1] * 4}), config(3))
     with pytest.raises(DataError, match="usable: none.*Found: covid: 1 patient, regular: 2 patients"):
         make_splits(table({"regular": [1] * 2, "covid": [7]}), config(3))
@@ -169,9 +197,14 @@ def test_group_video__divides_patients_and_says_so() -> None:
 
 def test_near_duplicates__join_patients_chains_and_other_sources() -> None:
     manifest = table(SPEC)
-    extra = {"wild": Manifest([row("wild-1", source="wild"), row("wild-2", source="wild"), row("pneumonia-0-0", "x9", source="wild")])}
+    extra = {
+        "wild": Manifest(
+            [row("wild-1", source="wild"), row("wild-2", source="wild"), row("pneumonia-0-0", "x9", source="wild")]
+        )
+    }
     pairs = [
-        (video_id("covid-0-0"), video_id("regular-1-0")), (video_id("regular-1-1"), video_id("pneumonia-3-0")),
+        (video_id("covid-0-0"), video_id("regular-1-0")),
+        (video_id("regular-1-1"), video_id("pneumonia-3-0")),
         (video_id("wild-1"), video_id("covid-3-0")),
     ]
     splits = make_splits(manifest, config(3), pairs, extra)
@@ -194,7 +227,9 @@ def test_near_duplicates__join_patients_chains_and_other_sources() -> None:
 def test_identical_content__under_two_patients_joins_both() -> None:
     first, second = sorted(pseudonym(name, "") for name in ("covid0", "regular0"))
     rows = table(SPEC).rows
-    shared = replace(row("same", "", "covid"), patient=first, warnings=f"x; same content under two patients: {first} {second}")
+    shared = replace(
+        row("same", "", "covid"), patient=first, warnings=f"x; same content under two patients: {first} {second}"
+    )
     splits = make_splits(Manifest([*rows, shared]), config(3))
     assert splits.groups[video_id("covid-0-0")] == splits.groups[video_id("regular-0-0")] == first
 
@@ -210,7 +245,9 @@ SMALL = {"a": [1, 1, 2], "b": [1, 1, 1]}
 def small_tests() -> list[list[str]]:
     """One valid split of SMALL: by path, by video id, and by patient id and pseudonym."""
     return [
-        ["a-0-0.mp4", "./b-0-0.mp4"], [video_id("a-1-0"), video_id("b-1-0")], ["a2", pseudonym("b2", "")],
+        ["a-0-0.mp4", "./b-0-0.mp4"],
+        [video_id("a-1-0"), video_id("b-1-0")],
+        ["a2", pseudonym("b2", "")],
     ]
 
 
@@ -249,7 +286,10 @@ def test_split_file__near_duplicates_across_folds_are_leakage(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t[0].append("a-9-0.mp4"), r"1 entries cannot be used\n  fold 0 test: 'a-9-0.mp4' is unknown. Did you mean 'a-"),
+        (
+            lambda t: t[0].append("a-9-0.mp4"),
+            r"1 entries cannot be used\n  fold 0 test: 'a-9-0.mp4' is unknown. Did you mean 'a-",
+        ),
         (lambda t: t[0].remove("a-0-0.mp4"), r"1 of 7 labelled videos are in no test fold: a-0-0.mp4 \(a\)"),
         (lambda t: t[1].clear(), "fold 1 has no labelled test video"),
         (lambda t: t[0].append("plain.mp4"), "'plain.mp4' has no label"),
@@ -267,7 +307,9 @@ def test_split_file__mistakes_are_named(tmp_path: Path, change: Any, message: st
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not readable JSON"), ("[]", "must look like"), ('{"folds": [1, 2, 3]}', "needs one of the keys test"),
+        ("{", "not readable JSON"),
+        ("[]", "must look like"),
+        ('{"folds": [1, 2, 3]}', "needs one of the keys test"),
         ('{"folds": [{"test": "a"}, {}, {}]}', "must be a list of paths"),
         ('{"folds": [{"test": []}, {"train": []}, {}]}', r"folds\[1\] needs one of the keys"),
     ],
@@ -288,7 +330,8 @@ def test_split_file__reference_folds_of_the_lung_clips(shared: Path) -> None:
     with open(folder / "videos.csv", encoding="utf-8", newline="") as handle:
         rows = [
             replace(row(line["path"], line["patient_id"], line["label"], int(line["n_frames"])), path=line["path"])
-            for line in csv.DictReader(handle) if line["probe"] == "convex"
+            for line in csv.DictReader(handle)
+            if line["probe"] == "convex"
         ]
     reference = json.loads((folder / "cv_reference.json").read_text())
     given = make_splits(Manifest(rows), config(5, file=str(folder / "cv_reference.json")))
@@ -320,7 +363,9 @@ def test_check__finds_planted_leaks() -> None:
     splits = tiny_splits()
     first = splits.folds[0]
     leaky = replace(first, train=[*first.train, first.test[0]])
-    with pytest.raises(LeakageError, match=f"patient {splits.groups[first.test[0]]}.*test of fold 0.*training of fold 0"):
+    with pytest.raises(
+        LeakageError, match=f"patient {splits.groups[first.test[0]]}.*test of fold 0.*training of fold 0"
+    ):
         replace(splits, folds=[leaky, *splits.folds[1:]]).check()
     inner = InnerFold(first.train, first.train[:1])
     with pytest.raises(LeakageError, match="validation of inner fold 0 of fold 0"):
@@ -343,7 +388,9 @@ def test_read__damaged_files_are_named(tmp_path: Path) -> None:
     raw = json.loads(path.read_text())
     assert list(raw)[0] == "schema"
     for change, message in (
-        ({"schema": 2}, "schema is 2"), ({"folds": [{"fold": 0}]}, "folds.0.test: field required"), ({"classes": "a"}, "classes"),
+        ({"schema": 2}, "schema is 2"),
+        ({"folds": [{"fold": 0}]}, "folds.0.test: field required"),
+        ({"classes": "a"}, "classes"),
     ):
         path.write_text(json.dumps({**raw, **change}))
         with pytest.raises(DataError, match=message):
@@ -368,7 +415,9 @@ def copy_of(frames: list[np.ndarray], cut: int, quality: int) -> list[np.ndarray
     again = []
     for frame in frames:
         larger = cv2.resize(frame[cut:-cut, cut:-cut], (120, 120))
-        again.append(cv2.imdecode(cv2.imencode(".jpg", larger, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_GRAYSCALE))
+        again.append(
+            cv2.imdecode(cv2.imencode(".jpg", larger, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_GRAYSCALE)
+        )
     return again
 
 
@@ -406,9 +455,18 @@ def test_run_split__planted_copy_across_two_patients_ends_in_one_fold(tmp_path: 
     assert home[video_id("0")] == home[video_id("7")]
     assert splits.groups[video_id("0")] == splits.groups[video_id("7")]
     assert any(video_id("0") in warning and video_id("7") in warning for warning in splits.warnings)
-    assert (metrics["near_duplicate_pairs"], metrics["patients"], metrics["videos"], metrics["frames"]) == (1, 11, 12, 144)
+    assert (metrics["near_duplicate_pairs"], metrics["patients"], metrics["videos"], metrics["frames"]) == (
+        1,
+        11,
+        12,
+        144,
+    )
     assert Splits.read(tmp_path / "splits.json") == splits
-    assert (tmp_path / "reports" / "balance.csv").read_text().startswith("fold,part,class,patients,videos,frames\n0,test,a,")
+    assert (
+        (tmp_path / "reports" / "balance.csv")
+        .read_text()
+        .startswith("fold,part,class,patients,videos,frames\n0,test,a,")
+    )
     picture = (tmp_path / "reports" / "balance.png").read_bytes()
     run_split(config(3), tmp_path / "frames", tmp_path / "splits.json", tmp_path / "reports")
     assert (tmp_path / "reports" / "balance.png").read_bytes() == picture

@@ -13,7 +13,13 @@ from scipy import stats
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.statistics import (
-    METRICS, WeightedMetrics, bootstrap_intervals, corrected_resampled_t, holm, paired_bootstrap, permutation_test,
+    METRICS,
+    WeightedMetrics,
+    bootstrap_intervals,
+    corrected_resampled_t,
+    holm,
+    paired_bootstrap,
+    permutation_test,
 )
 
 
@@ -32,7 +38,10 @@ def repeated(scores: Scores, weights: np.ndarray) -> Scores:
     """The set in which every patient's units occur as often as his weight says."""
     names = sorted(set(scores.patients))
     rows = np.concatenate(
-        [np.tile(np.flatnonzero(scores.patients == name), int(weight)) for name, weight in zip(names, weights, strict=True)]
+        [
+            np.tile(np.flatnonzero(scores.patients == name), int(weight))
+            for name, weight in zip(names, weights, strict=True)
+        ]
     ).astype(int)
     return Scores(scores.labels[rows], scores.probabilities[rows], scores.patients[rows], scores.classes)
 
@@ -85,7 +94,10 @@ def clustered(rng: np.random.Generator, patients: int, units: int) -> Scores:
     right = rng.random((patients, units)) < chance[:, None]
     probabilities = np.where(right.ravel()[:, None], [0.9, 0.1], [0.1, 0.9])
     return Scores(
-        np.zeros(patients * units, int), probabilities, np.repeat([f"P{i:03d}" for i in range(patients)], units), ("a", "b")
+        np.zeros(patients * units, int),
+        probabilities,
+        np.repeat([f"P{i:03d}" for i in range(patients)], units),
+        ("a", "b"),
     )
 
 
@@ -119,7 +131,9 @@ def test_bootstrap__seeded_and_counts_degenerate_replicates() -> None:
 
 def test_bootstrap__class_absent_altogether_and_single_patient() -> None:
     scores = make_scores(patients=12)
-    two = Scores(scores.labels, np.c_[scores.probabilities * 0.9, np.full(len(scores.labels), 0.1)], scores.patients, (*"abcd",))
+    two = Scores(
+        scores.labels, np.c_[scores.probabilities * 0.9, np.full(len(scores.labels), 0.1)], scores.patients, (*"abcd",)
+    )
     result = bootstrap_intervals(two, replicates=200)
     assert result["macro_auroc"].value is None and "absent" in result["macro_auroc"].reason
     assert result["balanced_accuracy"].low is not None
@@ -168,8 +182,12 @@ def test_permutation__exact_p_value_equals_brute_force() -> None:
     differences = []
     for pattern in itertools.product([0, 1], repeat=8):
         swapped = np.isin(first.patients, [name for name, flag in zip(names, pattern, strict=True) if flag])[:, None]
-        left = Scores(first.labels, np.where(swapped, second.probabilities, first.probabilities), first.patients, first.classes)
-        right = Scores(first.labels, np.where(swapped, first.probabilities, second.probabilities), first.patients, first.classes)
+        left = Scores(
+            first.labels, np.where(swapped, second.probabilities, first.probabilities), first.patients, first.classes
+        )
+        right = Scores(
+            first.labels, np.where(swapped, first.probabilities, second.probabilities), first.patients, first.classes
+        )
         differences.append(classification_metrics(left)["macro_auroc"] - classification_metrics(right)["macro_auroc"])
     assert result.difference == pytest.approx(differences[0])
     assert result.p_value == pytest.approx(np.mean(np.abs(differences) >= abs(differences[0]) - 1e-12))
@@ -190,8 +208,10 @@ def test_permutation__false_positives_at_the_nominal_rate() -> None:
     for trial in range(150):
         first = clustered(rng, 16, 5)
         flip = rng.random(80) < 0.3
-        probabilities = [np.where((flip & (rng.random(80) < 0.5))[:, None], first.probabilities[:, ::-1], first.probabilities)
-                         for _ in range(2)]
+        probabilities = [
+            np.where((flip & (rng.random(80) < 0.5))[:, None], first.probabilities[:, ::-1], first.probabilities)
+            for _ in range(2)
+        ]
         pair = [Scores(first.labels, values, first.patients, first.classes) for values in probabilities]
         hits += permutation_test(*pair, "accuracy", permutations=300, seed=trial).p_value <= 0.05
     assert hits / 150 <= 0.10

@@ -1,8 +1,8 @@
 """Recordings that occur twice under different bytes: re-encoded, rescaled or cropped copies of one clip.
 
-Two checks must agree. A 64-bit perceptual hash of the mean frame proposes pairs. Then the detail of one clip is searched in
-the other over position and scale, and must correlate, and so must what *moves* there: two views of one patient share
-anatomy and one machine's clips share their frame, but only a copy shares the motion of its speckle.
+Two checks must agree. A 64-bit perceptual hash of the mean frame proposes pairs. Then the detail of one clip is
+searched in the other over position and scale, and must correlate, and so must what *moves* there: two views of one
+patient share anatomy and one machine's clips share their frame, but only a copy shares the motion of its speckle.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _compare(first: VideoPrint, second: VideoPrint, distance: int) -> NearDuplic
 def find_near_duplicates(prints: Mapping[str, VideoPrint]) -> list[NearDuplicate]:
     """Pairs of prints that show the same recording, sorted by id.
 
-    Finds copies that were re-encoded, rescaled, or cropped by up to about a quarter a side. Does not find copies that were
-    mirrored, cut in time or changed in speed, nor a still taken from a clip.
+    Finds copies that were re-encoded, rescaled, or cropped by up to about a quarter a side. Does not find copies that
+    were mirrored, cut in time or changed in speed, nor a still taken from a clip.
     """
     videos = sorted(prints)
     if len(videos) < 2:

@@ -1,7 +1,7 @@
 """Dividing groups (patients) into balanced folds: pure arithmetic on a table of counts, without videos or files.
 
-Letters: G groups, C classes, K folds. A group may hold videos of several classes, so no simple stratified shuffle applies:
-several seeded greedy tries are made, each improved by moves and exchanges, and the best balanced one wins.
+Letters: G groups, C classes, K folds. A group may hold videos of several classes, so no simple stratified shuffle
+applies: several seeded greedy tries are made, each improved by moves and exchanges, and the best balanced one wins.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _cost(sums: np.ndarray, classes: int) -> np.ndarray:
 
 
 def imbalance(videos: np.ndarray, fold_of: np.ndarray, folds: int) -> float:
-    """How uneven an assignment is: squared relative deviations from the ideal fold, over patients and videos per class and
-    in all, summed over folds; 0 is perfect, and every class missing from a fold adds 1000.
+    """How uneven an assignment is: squared relative deviations from the ideal fold, over patients and videos per class
+    and in all, summed over folds; 0 is perfect, and every class missing from a fold adds 1000.
 
     Args:
         videos: int [G, C], labelled videos of every group by class.
@@ -116,9 +116,9 @@ def assign_folds(videos: np.ndarray, folds: int, seed: int | Sequence[int]) -> n
         seed: of the tries.
 
     Returns:
-        int64 [G], the fold of every group. Folds are numbered by the order of their first group, so that the numbers do not
-        depend on chance. Every class is in every fold when it has K groups and the search finds such a division; the caller
-        checks.
+        int64 [G], the fold of every group. Folds are numbered by the order of their first group, so that the numbers do
+        not depend on chance. Every class is in every fold when it has K groups and the search finds such a division;
+        the caller checks.
     """
     features, classes = _features(videos, folds)
     rng = np.random.default_rng(seed)

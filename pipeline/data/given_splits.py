@@ -1,8 +1,9 @@
 """A split made elsewhere (`split.file`): parsed, its entries resolved to videos, every problem named.
 
 Forms, all JSON with one item a fold under `folds`: `{"test": [entry, ...]}`, where `test_videos`, `test_paths` or
-`test_patients` may stand for `test`, and `train` and `inner` (`[{"validation": [...]}, ...]`) may be added, as splits.json
-itself has them. An entry is a path of the manifest, a video id, a patient id of the labels table, or its pseudonym.
+`test_patients` may stand for `test`, and `train` and `inner` (`[{"validation": [...]}, ...]`) may be added, as
+splits.json itself has them. An entry is a path of the manifest, a video id, a patient id of the labels table, or its
+pseudonym.
 """
 
 from __future__ import annotations
@@ -73,13 +74,15 @@ class GivenSplit:
             more = len(resolver.problems) - SHOWN
             lines = resolver.problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
             raise DataError(
-                f"{self.path}: {len(resolver.problems)} entries cannot be used\n" + "\n".join(f"  {line}" for line in lines)
+                f"{self.path}: {len(resolver.problems)} entries cannot be used\n"
+                + "\n".join(f"  {line}" for line in lines)
                 + "\n  Allowed: paths of manifest.csv, video ids, patient ids of the labels table, pseudonyms."
             )
         empty = [number for number, fold in enumerate(folds) if not fold.test]
         if empty:
             raise DataError(
-                f"{self.path}: fold {', '.join(map(str, empty))} has no labelled test video. Every fold needs some; remove the "
+                f"{self.path}: fold {', '.join(map(str, empty))} has no labelled test video. Every fold needs some; "
+                "remove the "
                 "fold or fill it."
             )
         tested = {video for fold in folds for video in fold.test}
@@ -88,7 +91,8 @@ class GivenSplit:
             names = ", ".join(f"{row.path} ({row.label})" for row in missing[:SHOWN])
             raise DataError(
                 f"{self.path}: {len(missing)} of {len(labels)} labelled videos are in no test fold: {names}"
-                f"{', ...' if len(missing) > SHOWN else ''}. Add them, or leave them out with data.classes, data.include or "
+                f"{', ...' if len(missing) > SHOWN else ''}. Add them, or leave them out with data.classes, "
+                "data.include or "
                 "data.media."
             )
         return folds, sorted(resolver.dropped)
@@ -128,7 +132,9 @@ class _Resolver:
             videos = self._find(entry)
             if videos is None:
                 near = difflib.get_close_matches(entry, list(self.by_path), n=1, cutoff=0.6)
-                self.problems.append(f"{where}: {entry!r} is unknown." + (f" Did you mean {near[0]!r}?" if near else ""))
+                self.problems.append(
+                    f"{where}: {entry!r} is unknown." + (f" Did you mean {near[0]!r}?" if near else "")
+                )
                 continue
             for video in videos:
                 if video in self.labels:
@@ -142,8 +148,12 @@ class _Resolver:
 
 
 def _entries(path: Path, value: Any, where: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(entry, str | int) and not isinstance(entry, bool) for entry in value):
-        raise DataError(f"{path}: {where} must be a list of paths, video ids or patient ids; found {type(value).__name__}")
+    if not isinstance(value, list) or not all(
+        isinstance(entry, str | int) and not isinstance(entry, bool) for entry in value
+    ):
+        raise DataError(
+            f"{path}: {where} must be a list of paths, video ids or patient ids; found {type(value).__name__}"
+        )
     return [str(entry) for entry in value]
 
 

@@ -43,7 +43,7 @@ class _Groups:
         return name
 
     def join(self, first: str, second: str) -> bool:
-        """Merge two groups; False when they were one already. The root is the smaller name, names of the main source first."""
+        """Merge two groups; False if they were one already. The smaller name stays, names of the main source first."""
         roots = sorted({self.root(first), self.root(second)}, key=lambda name: (name not in self.main, name))
         self.parent[roots[-1]] = roots[0]
         return len(roots) == 2
@@ -53,12 +53,17 @@ class _Groups:
 
 
 def group_videos(
-    manifest: Manifest, extra: Mapping[str, Manifest], by_patient: bool, pairs: Iterable[tuple[str, str]], warnings: list[str]
+    manifest: Manifest,
+    extra: Mapping[str, Manifest],
+    by_patient: bool,
+    pairs: Iterable[tuple[str, str]],
+    warnings: list[str],
 ) -> dict[str, str]:
     """Group of every video, near-duplicates joined; a joint of two known patients is worth a warning."""
     if not by_patient:
         warnings.append(
-            "data.group is video: clips of one patient may lie on both sides of a fold, so every number is likely too good. "
+            "data.group is video: clips of one patient may lie on both sides of a fold, so every number is likely too "
+            "good. "
             "Use data.group: patient wherever patients are known."
         )
     forest = _Groups(manifest, extra, by_patient)
@@ -69,9 +74,13 @@ def group_videos(
         if forest.join(*names):
             joined += 1
             if by_patient and joined <= SHOWN:
-                warnings.append(f"near-duplicate videos {first} ({names[0]}) and {second} ({names[1]}) are kept in one group")
+                warnings.append(
+                    f"near-duplicate videos {first} ({names[0]}) and {second} ({names[1]}) are kept in one group"
+                )
     if by_patient and joined > SHOWN:
-        warnings.append(f"{joined - SHOWN} more pairs of near-duplicate videos joined groups (reports/split/near_duplicates.csv)")
+        warnings.append(
+            f"{joined - SHOWN} more pairs of near-duplicate videos joined groups (reports/split/near_duplicates.csv)"
+        )
     if joined > max(2, total // 5):
         warnings.append(
             f"near-duplicates joined {joined} of {total} groups: unusually many, so look at some pairs "

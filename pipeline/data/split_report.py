@@ -1,4 +1,4 @@
-"""The split stage: near-duplicates, folds, splits.json, and the tables and picture that let a person judge the balance."""
+"""The split stage: near-duplicates, folds, splits.json, and the tables and picture by which a person judges them."""
 
 from __future__ import annotations
 
@@ -55,16 +55,23 @@ def run_split(config: Config, stores: Path, output: Path, reports: Path) -> tupl
     splits.write(output)
     write_json(reports / "metrics.json", metrics)
     _write_csv(reports / "balance.csv", BALANCE_COLUMNS, rows)
-    _write_csv(reports / "near_duplicates.csv", ("first", "second", "group", "hash_distance", "similarity", "motion"),
-               [_pair_row(pair, splits) for pair in pairs])
+    _write_csv(
+        reports / "near_duplicates.csv",
+        ("first", "second", "group", "hash_distance", "similarity", "motion"),
+        [_pair_row(pair, splits) for pair in pairs],
+    )
     write_balance_plot(reports / "balance.png", rows, splits.classes, splits.group)
     return splits, metrics
 
 
 def _pair_row(pair: NearDuplicate, splits: Splits) -> dict[str, Any]:
     return {
-        "first": pair.first, "second": pair.second, "group": splits.groups[pair.first], "hash_distance": pair.hash_distance,
-        "similarity": f"{pair.similarity:.3f}", "motion": "" if pair.motion is None else f"{pair.motion:.3f}",
+        "first": pair.first,
+        "second": pair.second,
+        "group": splits.groups[pair.first],
+        "hash_distance": pair.hash_distance,
+        "similarity": f"{pair.similarity:.3f}",
+        "motion": "" if pair.motion is None else f"{pair.motion:.3f}",
     }
 
 
@@ -94,8 +101,8 @@ def balance_rows(splits: Splits, frames: Mapping[str, int]) -> list[dict[str, An
 
 
 def split_metrics(splits: Splits, rows: Sequence[Mapping[str, Any]], near_duplicates: int) -> dict[str, Any]:
-    """Content of metrics.json: totals, and the test part of every fold by class. Every labelled video is tested once, so
-    the test parts add up to the totals."""
+    """Content of metrics.json: totals, and the test part of every fold by class. Every labelled video is tested once,
+    so the test parts add up to the totals."""
     test = [row for row in rows if row["part"] == "test"]
     folds = {}
     for fold in splits.folds:
@@ -153,14 +160,26 @@ def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: S
     figure = Figure(figsize=(3.0 + 0.55 * max(len(folds), 4) * 3, 3.9), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
-    titles = {"patients": f"{group}s (with two classes: counted in both)", "videos": "videos", "frames": "stored frames"}
+    titles = {
+        "patients": f"{group}s (with two classes: counted in both)",
+        "videos": "videos",
+        "frames": "stored frames",
+    }
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         floor = [0] * len(folds)
         tallest = max(sum(row[key] for row in test if row["fold"] == fold) for fold in folds)
         for position, label in enumerate(classes):
             heights = [next(row[key] for row in test if (row["fold"], row["class"]) == (fold, label)) for fold in folds]
-            bars = axes.bar(folds, heights, 0.72, floor, color=COLORS[position % len(COLORS)], label=label, edgecolor="white",
-                            hatch="//" if position >= len(COLORS) else None)
+            bars = axes.bar(
+                folds,
+                heights,
+                0.72,
+                floor,
+                color=COLORS[position % len(COLORS)],
+                label=label,
+                edgecolor="white",
+                hatch="//" if position >= len(COLORS) else None,
+            )
             shown = [str(height) if height > SMALLEST_LABELLED * tallest else "" for height in heights]
             dark = position % len(COLORS) in DARK_COLORS
             axes.bar_label(bars, shown, label_type="center", fontsize=7, color="white" if dark else "black")
@@ -172,8 +191,14 @@ def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: S
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.08)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend([*handles, even], [*names, "even share"], loc="outside lower center", ncols=min(len(names) + 1, 6),
-                  frameon=False, fontsize=8)
+    figure.legend(
+        [*handles, even],
+        [*names, "even share"],
+        loc="outside lower center",
+        ncols=min(len(names) + 1, 6),
+        frameon=False,
+        fontsize=8,
+    )
     figure.suptitle("Test part of every outer fold", fontsize=11)
     out = io.BytesIO()
     # No date, no version: the same split gives the same bytes, so DVC sees no change.

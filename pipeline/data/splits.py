@@ -68,14 +68,14 @@ class Splits:
     unlabelled: list[str]
     """All other videos of the main source."""
     unlabelled_blocked: list[str]
-    """Those of `unlabelled` whose patient is unknown: they might show a test patient, so no fold's encoder sees them."""
+    """Those of `unlabelled` without a known patient: they might show a test patient, so no fold's encoder sees them."""
     extra_sources: dict[str, list[str]] = field(default_factory=dict)
     """Videos of every further source, by its name."""
     schema: int = SCHEMA
 
     @classmethod
     def read(cls, path: Path) -> Splits:
-        """Read and `check` a splits.json. DataError names the file and the first wrong key; LeakageError as in `check`."""
+        """Read and `check` a splits.json. DataError names file and first wrong key; LeakageError as in `check`."""
         path = Path(path)
         try:
             raw = read_json(path)
@@ -146,13 +146,19 @@ class Splits:
             inner = [video for part in fold.inner for video in (*part.train, *part.validation)]
             for video in (*fold.test, *fold.train, *inner):
                 if video not in self.groups or self.labels.get(video) not in self.classes:
-                    raise DataError(f"split: fold {fold.fold}: video {video} has no group, or no label among the classes")
+                    raise DataError(
+                        f"split: fold {fold.fold}: video {video} has no group, or no label among the classes"
+                    )
         missing = sorted(set(self.labels) - set(tested))
         if missing:
             raise DataError(f"split: labelled video {missing[0]} is in no test fold ({len(missing)} such videos)")
         if [fold.fold for fold in self.folds] != list(range(len(self.folds))) or len(self.folds) < 2:
-            raise DataError(f"split: folds are numbered {[fold.fold for fold in self.folds]}; expected 0, 1, ... and at least 2")
-        homeless = sorted({*self.unlabelled, *(v for ids in self.extra_sources.values() for v in ids)} - set(self.groups))
+            raise DataError(
+                f"split: folds are numbered {[fold.fold for fold in self.folds]}; expected 0, 1, ... and at least 2"
+            )
+        homeless = sorted(
+            {*self.unlabelled, *(v for ids in self.extra_sources.values() for v in ids)} - set(self.groups)
+        )
         if homeless:
             raise DataError(f"split: video {homeless[0]} has no group ({len(homeless)} such videos)")
         for position, fold in enumerate(self.folds):
@@ -176,7 +182,8 @@ class Splits:
             left, right = ([video for video in part if self.groups[video] == group] for part in (first, second))
             what = "patient" if group.startswith("P") else "group"
             raise LeakageError(
-                f"split: {what} {group} is on two sides: {first_name} ({_some(left)}) and {second_name} ({_some(right)}); "
+                f"split: {what} {group} is on two sides: {first_name} ({_some(left)}) and {second_name} "
+                f"({_some(right)}); "
                 f"{len(shared)} such groups. Videos of one patient, and copies of one recording, must stay together."
             )
 
@@ -224,7 +231,7 @@ def make_splits(
         Checked splits; everything doubtful is in `warnings`, which name pseudonyms and video ids only.
 
     Raises:
-        DataError: no usable labels, a class with too few patients under `split.rare_classes: fail`, or a bad split file.
+        DataError: no usable labels, a class with too few patients under `rare_classes: fail`, or a bad split file.
         LeakageError: a given split puts one group on two sides.
     """
     extra = dict(extra or {})
@@ -236,13 +243,23 @@ def make_splits(
     labels = {row.video: row.label for row in manifest.rows if row.label in classes}
     draft = _Draft(classes, groups, dict(sorted(labels.items())), warnings, config.data.group)
     unlabelled = sorted(row.video for row in manifest.rows if row.video not in labels)
-    blocked = sorted(row.video for row in manifest.rows if row.video not in labels and not row.patient) if by_patient else []
+    blocked = (
+        sorted(row.video for row in manifest.rows if row.video not in labels and not row.patient) if by_patient else []
+    )
     _warn_unknown_patients(manifest, extra, labels, blocked, by_patient, warnings)
     folds = _given_folds(given, manifest, config, draft) if given else _drawn_folds(draft, config)
     _warn_missing_classes(folds, draft)
     splits = Splits(
-        seed=config.split.seed, group=config.data.group, manifest_digest=manifest.digest(), classes=classes,
-        excluded_classes=excluded, warnings=warnings, groups=groups, labels=draft.labels, folds=folds, unlabelled=unlabelled,
+        seed=config.split.seed,
+        group=config.data.group,
+        manifest_digest=manifest.digest(),
+        classes=classes,
+        excluded_classes=excluded,
+        warnings=warnings,
+        groups=groups,
+        labels=draft.labels,
+        folds=folds,
+        unlabelled=unlabelled,
         unlabelled_blocked=blocked,
         extra_sources={name: sorted(row.video for row in table.rows) for name, table in sorted(extra.items())},
     )
@@ -275,14 +292,19 @@ def _choose_classes(
         if name not in members:
             raise DataError(f"{key}: no video has label '{name}'. Found: {counts}.{did_you_mean(name, members)}")
     excluded = {name: "not in the chosen classes" for name in sorted(set(members) - set(wanted))}
-    rare = {name: f"{_count(len(members[name]), unit)} < {folds} folds" for name in wanted if len(members[name]) < folds}
+    rare = {
+        name: f"{_count(len(members[name]), unit)} < {folds} folds" for name in wanted if len(members[name]) < folds
+    }
     if rare and config.split.rare_classes == "fail":
         raise DataError(
-            f"class {', '.join(f'{name} ({reason})' for name, reason in rare.items())}: too few {unit}s for every fold to test "
+            f"class {', '.join(f'{name} ({reason})' for name, reason in rare.items())}: too few {unit}s for every "
+            "fold to test "
             f"one. Found: {counts}. Use fewer split.folds, leave the class out of data.classes, or set "
             "split.rare_classes: exclude."
         )
-    warnings += [f"class {name} is excluded ({reason}); its videos count as unlabelled" for name, reason in rare.items()]
+    warnings += [
+        f"class {name} is excluded ({reason}); its videos count as unlabelled" for name, reason in rare.items()
+    ]
     usable = [name for name in wanted if name not in rare]
     if len(usable) < 2:
         raise DataError(
@@ -293,7 +315,11 @@ def _choose_classes(
 
 
 def _warn_unknown_patients(
-    manifest: Manifest, extra: Mapping[str, Manifest], labels: Mapping[str, str], blocked: Sequence[str], by_patient: bool,
+    manifest: Manifest,
+    extra: Mapping[str, Manifest],
+    labels: Mapping[str, str],
+    blocked: Sequence[str],
+    by_patient: bool,
     warnings: list[str],
 ) -> None:
     if not by_patient:
@@ -301,24 +327,29 @@ def _warn_unknown_patients(
     alone = sorted(row.video for row in manifest.rows if row.video in labels and not row.patient)
     if alone:
         warnings.append(
-            f"{len(alone)} of {len(labels)} labelled videos have no patient and count as a patient each, so that clips of one "
+            f"{len(alone)} of {len(labels)} labelled videos have no patient and count as a patient each, so that "
+            "clips of one "
             f"person may lie on both sides of a fold: {_some(alone)}. Fill data.patient_column."
         )
     if blocked:
         warnings.append(
-            f"{len(blocked)} unlabelled videos have no patient and are left out of pretraining under pretrain.scope: fold"
+            f"{len(blocked)} unlabelled videos have no patient and are left out of pretraining under pretrain.scope: "
+            "fold"
         )
     main_patients = {row.patient for row in manifest.rows if row.patient}
     for name, table in sorted(extra.items()):
         unknown = sum(not row.patient for row in table.rows)
         if unknown:
             warnings.append(
-                f"source {name}: {unknown} of {len(table.rows)} videos have no patient; only near-duplicates of test videos "
+                f"source {name}: {unknown} of {len(table.rows)} videos have no patient; only near-duplicates of test "
+                "videos "
                 "can be kept out of pretraining"
             )
         shared = len(main_patients & {row.patient for row in table.rows})
         if shared:
-            warnings.append(f"source {name}: {shared} patient ids occur in the main source too and are taken for the same persons")
+            warnings.append(
+                f"source {name}: {shared} patient ids occur in the main source too and are taken for the same persons"
+            )
 
 
 def _drawn_folds(draft: _Draft, config: Config) -> list[Fold]:
@@ -348,12 +379,22 @@ def _given_folds(given: GivenSplit, manifest: Manifest, config: Config, draft: _
         # Inner folds are drawn only once the outer ones are known to be apart: leaks must be named as what they are.
         folds.append(Fold(number, part.test, train, inner))
     probe = Splits(
-        seed=0, group=config.data.group, manifest_digest="", classes=draft.classes, excluded_classes={}, warnings=[],
-        groups=draft.groups, labels=draft.labels, folds=folds, unlabelled=[], unlabelled_blocked=[],
+        seed=0,
+        group=config.data.group,
+        manifest_digest="",
+        classes=draft.classes,
+        excluded_classes={},
+        warnings=[],
+        groups=draft.groups,
+        labels=draft.labels,
+        folds=folds,
+        unlabelled=[],
+        unlabelled_blocked=[],
     )
     probe.check()
     return [
-        Fold(fold.fold, fold.test, fold.train, fold.inner or _inner_folds(draft, fold.train, fold.fold, config)) for fold in folds
+        Fold(fold.fold, fold.test, fold.train, fold.inner or _inner_folds(draft, fold.train, fold.fold, config))
+        for fold in folds
     ]
 
 
@@ -368,7 +409,8 @@ def _inner_folds(draft: _Draft, train: Sequence[str], fold: int, config: Config)
     parts = min(config.split.inner_folds, max(2, int(min(per_class[per_class > 0], default=0))))
     if len(movable) < 2:
         draft.warnings.append(
-            f"fold {fold}: too few training {draft.word}s for a validation part, so no epoch can be selected on it; use "
+            f"fold {fold}: too few training {draft.word}s for a validation part, so no epoch can be selected on it; "
+            "use "
             "finetune.selection: last, fewer classes or more data"
         )
         return []
@@ -388,9 +430,13 @@ def _inner_folds(draft: _Draft, train: Sequence[str], fold: int, config: Config)
                 [video for video in train if draft.groups[video] in held],
             )
         )
-    lacking = sorted({name for part in inner for name in set(draft.classes) - {draft.labels[v] for v in part.validation}})
+    lacking = sorted(
+        {name for part in inner for name in set(draft.classes) - {draft.labels[v] for v in part.validation}}
+    )
     if lacking:
-        draft.warnings.append(f"fold {fold}: class {', '.join(lacking)} is absent from the validation part of an inner fold")
+        draft.warnings.append(
+            f"fold {fold}: class {', '.join(lacking)} is absent from the validation part of an inner fold"
+        )
     return inner
 
 

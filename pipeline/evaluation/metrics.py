@@ -1,7 +1,7 @@
 """Classification metrics on arrays, and the way from frames to videos to patients.
 
 Letters: N scored units (frames, videos or patients), C classes. A metric that its data cannot define is None with a
-reason under `undefined`, never NaN, so that every result is valid JSON. No plots, no files, no confidence intervals here.
+reason under `undefined`, never NaN, so that every result is valid JSON. No plots, files or confidence intervals here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,19 @@ from scipy.stats import rankdata
 from pipeline.errors import DataError
 
 __all__ = [
-    "Scores", "aggregate", "auroc", "average_precision", "brier_score", "classification_metrics", "confusion_matrix",
-    "expected_calibration_error", "harmonic_mean", "log_loss", "malignancy_metrics", "reliability_curve", "select_epoch",
+    "Scores",
+    "aggregate",
+    "auroc",
+    "average_precision",
+    "brier_score",
+    "classification_metrics",
+    "confusion_matrix",
+    "expected_calibration_error",
+    "harmonic_mean",
+    "log_loss",
+    "malignancy_metrics",
+    "reliability_curve",
+    "select_epoch",
 ]
 
 # Keys that keep apart predictions of different models on the same video.
@@ -29,7 +40,7 @@ PROBABILITY_FLOOR = 1e-7
 
 @dataclass(frozen=True)
 class Scores:
-    """Predictions of N units: `labels` int64 [N] (index into `classes`), `probabilities` float64 [N, C], `patients` str [N].
+    """Predictions of N units: `labels` int64 [N] (class index), `probabilities` float64 [N, C], `patients` str [N].
 
     Raises:
         DataError: on unequal lengths, a label outside the classes, or rows that are no probabilities (tolerance 1e-3).
@@ -44,7 +55,8 @@ class Scores:
         count, classes = len(self.labels), len(self.classes)
         if self.probabilities.shape != (count, classes) or len(self.patients) != count:
             raise DataError(
-                f"predictions: {count} labels, probabilities of shape {self.probabilities.shape} and {len(self.patients)} "
+                f"predictions: {count} labels, probabilities of shape {self.probabilities.shape} and "
+                f"{len(self.patients)} "
                 f"patients do not belong together; expected [{count}, {classes}] probabilities and {count} patients"
             )
         if count and not (0 <= self.labels.min() and self.labels.max() < classes):
@@ -54,13 +66,14 @@ class Scores:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             raise DataError(
-                f"predictions: row {row} is not a probability distribution (values {self.probabilities[row].tolist()}, sum "
+                f"predictions: row {row} is not a probability distribution (values "
+                f"{self.probabilities[row].tolist()}, sum "
                 f"{total[row]:g}; {int(wrong.sum())} such rows); values must be >= 0 and sum to 1"
             )
 
     @classmethod
     def from_table(cls, table: pd.DataFrame, classes: Sequence[str]) -> Scores:
-        """From a table with the columns `label`, `patient` and `p_<class>` of every class (predictions.csv, `aggregate`).
+        """From a table with the columns `label`, `patient` and `p_<class>` of every class, such as predictions.csv.
 
         Raises:
             DataError: naming a missing column, or labels that are none of `classes`.
@@ -68,7 +81,9 @@ class Scores:
         columns = [f"p_{name}" for name in classes]
         missing = [name for name in ("label", "patient", *columns) if name not in table.columns]
         if missing:
-            raise DataError(f"predictions: column {missing[0]!r} is missing; found: {', '.join(map(str, table.columns))}")
+            raise DataError(
+                f"predictions: column {missing[0]!r} is missing; found: {', '.join(map(str, table.columns))}"
+            )
         index = {name: position for position, name in enumerate(classes)}
         names = table["label"].astype(str)
         unknown = sorted(set(names) - set(index))
@@ -88,29 +103,34 @@ def _vote(probabilities: np.ndarray) -> np.ndarray:
 
 
 def aggregate(
-    table: pd.DataFrame, classes: Sequence[str], level: Literal["video", "patient"], how: Literal["mean", "max", "vote"] = "mean"
+    table: pd.DataFrame,
+    classes: Sequence[str],
+    level: Literal["video", "patient"],
+    how: Literal["mean", "max", "vote"] = "mean",
 ) -> pd.DataFrame:
     """Frame predictions to one row a video, or videos to one row a patient.
 
-    `mean` averages probabilities. `max` takes every class at its most certain member and rescales to sum 1 (a finding that
-    shows in one frame counts). `vote` gives the share of members whose most probable class it is (ties: class listed first).
-    Level `patient` first aggregates frames to videos (so that long clips do not outvote short ones), then videos.
+    `mean` averages probabilities. `max` takes every class at its most certain member and rescales to sum 1 (a finding
+    that shows in one frame counts). `vote` gives the share of members whose most probable class it is (ties: class
+    listed first). Level `patient` first aggregates frames to videos (so that long clips do not outvote short ones),
+    then videos.
 
     Labels belong to videos, and one patient may have clips of a healthy and of a diseased region. The unit of level
-    `patient` is therefore (patient, label): a patient is judged once for each label he carries, from the videos that carry
-    it. Picking the worst label instead would need an order of severity that the data do not state. Intervals still resample
-    whole patients (`pipeline.evaluation.statistics`), so the rows of one patient are never taken for independent.
+    `patient` is therefore (patient, label): a patient is judged once for each label he carries, from the videos that
+    carry it. Picking the worst label instead would need an order of severity that the data do not state. Intervals
+    still resample whole patients (`pipeline.evaluation.statistics`), so the rows of one patient are never taken for
+    independent.
 
     Args:
-        table: columns `video`, `patient`, `label`, `p_<class>`..., and any of `init`, `seed`, `fold`, `part`, which keep
-            models apart: members are joined only where all of them agree.
+        table: columns `video`, `patient`, `label`, `p_<class>`..., and any of `init`, `seed`, `fold`, `part`, which
+            keep models apart: members are joined only where all of them agree.
         classes: the classes in order.
         level: unit of the result.
         how: rule for both steps.
 
     Returns:
-        Columns: those of init, seed, fold, part that were there; `video` (level video only), `patient`, `label`, `members`
-        (number of joined rows of the level below), `p_<class>`...; sorted by these keys.
+        Columns: those of init, seed, fold, part that were there; `video` (level video only), `patient`, `label`,
+        `members` (number of joined rows of the level below), `p_<class>`...; sorted by these keys.
 
     Raises:
         DataError: a column is missing, the rule is unknown, or one video has two labels or two patients.
@@ -183,8 +203,9 @@ def brier_score(labels: np.ndarray, probabilities: np.ndarray) -> float:
 def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, list[float]]:
     """Certainty of the predicted class against how often it is right, in bins of equal numbers of units.
 
-    Bins of equal counts (not equal width) because confident models leave most equal-width bins nearly empty. Units of equal
-    certainty stay in one bin, so the result does not depend on their order; fewer distinct values give fewer bins.
+    Bins of equal counts (not equal width) because confident models leave most equal-width bins nearly empty. Units of
+    equal certainty stay in one bin, so the result does not depend on their order; fewer distinct values give fewer
+    bins.
 
     Returns:
         `confidence`, `accuracy` (means per bin) and `count`, lists of equal length, at most `bins` long.
@@ -195,7 +216,9 @@ def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     place = np.searchsorted(edges, certainty, side="left")
     count = np.bincount(place, minlength=len(edges) + 1)
     used = count > 0
-    mean = [np.bincount(place, weights=values, minlength=len(count))[used] / count[used] for values in (certainty, right)]
+    mean = [
+        np.bincount(place, weights=values, minlength=len(count))[used] / count[used] for values in (certainty, right)
+    ]
     return {"confidence": mean[0].tolist(), "accuracy": mean[1].tolist(), "count": count[used].tolist()}
 
 
@@ -214,12 +237,14 @@ def classification_metrics(scores: Scores) -> dict[str, Any]:
 
     The predicted class is the most probable one; a tie goes to the class listed first. Rules for absent classes:
     recall (and AUROC, AUPRC) of a class without labels and precision of a class that is never predicted are None; F1 is
-    2TP / (2TP + FP + FN), None if that is 0/0; balanced accuracy and macro-F1 are means over the classes that have labels;
-    macro AUROC and macro AUPRC need every class and are None otherwise, because a mean over fewer classes is another quantity.
+    2TP / (2TP + FP + FN), None if that is 0/0; balanced accuracy and macro-F1 are means over the classes that have
+    labels; macro AUROC and macro AUPRC need every class and are None otherwise, because a mean over fewer classes is
+    another quantity.
 
     Returns:
         n, patients, accuracy, balanced_accuracy, macro_f1, macro_auroc, macro_auprc, log_loss, brier, ece, per_class
-        {class: recall, precision, f1, auroc, auprc, support}, confusion (rows = truth), classes, undefined {name: reason}.
+        {class: recall, precision, f1, auroc, auprc, support}, confusion (rows = truth), classes, undefined {name:
+        reason}.
 
     Raises:
         DataError: without any unit.
@@ -263,7 +288,12 @@ def classification_metrics(scores: Scores) -> dict[str, Any]:
         "brier": brier_score(labels, probabilities),
         "ece": expected_calibration_error(labels, probabilities),
     }
-    return result | {"per_class": per_class, "confusion": confusion.tolist(), "classes": list(classes), "undefined": undefined}
+    return result | {
+        "per_class": per_class,
+        "confusion": confusion.tolist(),
+        "classes": list(classes),
+        "undefined": undefined,
+    }
 
 
 def _reason(name: str, metric: str, support: int, count: int) -> str:
@@ -277,15 +307,18 @@ def _reason(name: str, metric: str, support: int, count: int) -> str:
 def malignancy_metrics(confusion: np.ndarray) -> dict[str, float | None]:
     """The published gallbladder metrics from 3x3 counts (rows = truth; 0 normal, 1 benign, 2 malignant).
 
-    specificity: normal and benign not called malignant; sensitivity: malignant called malignant; accuracy_2class: malignant
-    told from the rest (the "Acc" of the UCL paper); accuracy_3class: trace over total. None where the denominator is 0.
+    specificity: normal and benign not called malignant; sensitivity: malignant called malignant; accuracy_2class:
+    malignant told from the rest (the "Acc" of the UCL paper); accuracy_3class: trace over total. None where the
+    denominator is 0.
 
     Raises:
         DataError: the matrix is not 3x3.
     """
     counts = np.asarray(confusion)
     if counts.shape != (3, 3):
-        raise DataError(f"malignancy metrics need a 3x3 confusion matrix (normal, benign, malignant); got shape {counts.shape}")
+        raise DataError(
+            f"malignancy metrics need a 3x3 confusion matrix (normal, benign, malignant); got shape {counts.shape}"
+        )
     spared = counts[:2, :2].sum()
     return {
         "specificity": _ratio(spared, counts[:2].sum()),

@@ -1,8 +1,8 @@
 """Uncertainty of metrics when the patient is the independent unit: cluster bootstrap, paired comparisons, fold tests.
 
-Letters: B replicates, G patients, N units (frames, videos or patient labels), C classes. Every replicate is a row of patient weights
-(how often a patient was drawn); metrics of all replicates come from matrix products over per-patient counts, so thousands
-of replicates cost little more than one.
+Letters: B replicates, G patients, N units (frames, videos or patient labels), C classes. Every replicate is a row of
+patient weights (how often a patient was drawn); metrics of all replicates come from matrix products over per-patient
+counts, so thousands of replicates cost little more than one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ from pipeline.errors import DataError
 from pipeline.evaluation.metrics import PROBABILITY_FLOOR, Scores
 
 __all__ = [
-    "METRICS", "Comparison", "FoldTest", "Interval", "WeightedMetrics", "bootstrap_intervals", "corrected_resampled_t", "holm",
-    "paired_bootstrap", "permutation_test",
+    "METRICS",
+    "Comparison",
+    "FoldTest",
+    "Interval",
+    "WeightedMetrics",
+    "bootstrap_intervals",
+    "corrected_resampled_t",
+    "holm",
+    "paired_bootstrap",
+    "permutation_test",
 ]
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss", "brier")
@@ -82,9 +90,10 @@ class FoldTest:
 class WeightedMetrics:
     """Metrics of one set of predictions under any patient weights.
 
-    Definitions are those of `pipeline.evaluation.metrics`, with one rule added: a class that has labels in the full set but
-    none under some weights makes balanced accuracy, macro-F1 and AUROC undefined there (NaN), because a mean over fewer
-    classes would be another quantity. Classes without any label are left out throughout (macro AUROC is then undefined).
+    Definitions are those of `pipeline.evaluation.metrics`, with one rule added: a class that has labels in the full set
+    but none under some weights makes balanced accuracy, macro-F1 and AUROC undefined there (NaN), because a mean over
+    fewer classes would be another quantity. Classes without any label are left out throughout (macro AUROC is then
+    undefined).
     """
 
     def __init__(self, scores: Scores, patients: Sequence[str] | None = None) -> None:
@@ -93,7 +102,9 @@ class WeightedMetrics:
         place = {name: index for index, name in enumerate(names)}
         foreign = set(scores.patients.tolist()) - set(place)
         if foreign:
-            raise DataError(f"predictions: patient {min(foreign)} is not among the {len(names)} patients that are compared")
+            raise DataError(
+                f"predictions: patient {min(foreign)} is not among the {len(names)} patients that are compared"
+            )
         self.patients = names
         self.scores = scores
         self.group = np.array([place[name] for name in scores.patients.tolist()], np.int64)
@@ -145,7 +156,8 @@ class WeightedMetrics:
         kind, _, label = name.partition(".")
         if kind not in ("recall", "precision", "auroc") or label not in self.scores.classes:
             raise DataError(
-                f"unknown metric {name!r}; allowed: {', '.join(METRICS)}, and recall., precision., auroc. with one of the "
+                f"unknown metric {name!r}; allowed: {', '.join(METRICS)}, and recall., precision., auroc. with one of "
+                "the "
                 f"classes {', '.join(self.scores.classes)}"
             )
         return kind, self.scores.classes.index(label)
@@ -193,9 +205,9 @@ def bootstrap_intervals(
     """Percentile intervals from resampling whole patients (Field & Welsh 2007, cluster bootstrap).
 
     All units of a drawn patient come along, also those of several seeds, so units of one patient are never taken for
-    independent. Replicates where a metric is undefined (a class was not drawn) are left out and counted; below half of them
-    defined, or with fewer than 2 patients, there is no interval. With few patients per class percentile intervals are
-    somewhat too narrow; the number of patients belongs beside them.
+    independent. Replicates where a metric is undefined (a class was not drawn) are left out and counted; below half of
+    them defined, or with fewer than 2 patients, there is no interval. With few patients per class percentile intervals
+    are somewhat too narrow; the number of patients belongs beside them.
 
     Args:
         scores: predictions at one level (frames, videos or patients), each unit with its patient.
@@ -232,7 +244,8 @@ def _paired(first: Scores, second: Scores) -> tuple[WeightedMetrics, WeightedMet
     if names[0] != names[1]:
         odd = sorted(names[0] ^ names[1])
         raise DataError(
-            f"comparison: the two sets of predictions must hold the same patients; {len(odd)} are in only one of them, such as "
+            f"comparison: the two sets of predictions must hold the same patients; {len(odd)} are in only one of "
+            "them, such as "
             f"{odd[0]}"
         )
     if not names[0]:
@@ -259,7 +272,11 @@ def paired_bootstrap(
     count = len(left.patients)
     difference = _optional(_difference(left, right, metric, np.ones((1, count)))[0])
     if difference is None or count < TOO_FEW_PATIENTS:
-        reason = f"{count} patient: nothing to resample" if count < TOO_FEW_PATIENTS else "metric not defined (a class is absent)"
+        reason = (
+            f"{count} patient: nothing to resample"
+            if count < TOO_FEW_PATIENTS
+            else "metric not defined (a class is absent)"
+        )
         return Comparison(difference, None, None, None, count, 0, 0, reason)
     drawn = _difference(left, right, metric, _draws(count, replicates, seed))
     low, high, defined, reason = _percentiles(drawn, confidence)
@@ -276,13 +293,15 @@ def _join(first: Scores, second: Scores) -> Scores:
     )
 
 
-def permutation_test(first: Scores, second: Scores, metric: str, *, permutations: int = 10_000, seed: int = 0) -> Comparison:
+def permutation_test(
+    first: Scores, second: Scores, metric: str, *, permutations: int = 10_000, seed: int = 0
+) -> Comparison:
     """Two-sided test of "both models are the same" by exchanging the two models' predictions patient by patient.
 
     Under that hypothesis each patient's two sets of predictions are exchangeable; the p-value is the share of exchanges
     whose absolute difference is at least the observed one. All 2^G exchanges are enumerated when they are not more than
-    `permutations`; otherwise random ones are drawn and the observed one is counted in (Phipson & Smyth 2010), so p is never
-    0. Exchanges where the metric is undefined are left out and counted.
+    `permutations`; otherwise random ones are drawn and the observed one is counted in (Phipson & Smyth 2010), so p is
+    never 0. Exchanges where the metric is undefined are left out and counted.
 
     Raises:
         DataError: patients or classes differ, or the metric is unknown.
@@ -307,7 +326,9 @@ def permutation_test(first: Scores, second: Scores, metric: str, *, permutations
     return Comparison(observed, None, None, p_value, count, len(defined), len(drawn) - len(defined))
 
 
-def corrected_resampled_t(differences: Sequence[float], test_over_train: float, *, confidence: float = 0.95) -> FoldTest:
+def corrected_resampled_t(
+    differences: Sequence[float], test_over_train: float, *, confidence: float = 0.95
+) -> FoldTest:
     """Corrected resampled t-test over folds and repeats (Nadeau & Bengio 2003).
 
     Training sets of folds overlap, so the plain variance of the mean is too small; it is multiplied by
