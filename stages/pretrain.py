@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--fold", type=int, required=True, help="outer fold, 0 to k-1")
     arguments = parser.parse_args()
     config = load_config()
-    from pipeline.training.stage import run_pretrain_stage
+    from pipeline.training.pretrain_stage import run_pretrain_stage
 
     print(run_pretrain_stage(config, arguments.fold, Path(__file__)))
 

@@ -184,12 +184,12 @@ class Pretraining:
             for warning in [*self.warnings]:
                 print(f"warning: {warning}", flush=True)
         total = params.epochs * self.context.steps_per_epoch
+        first = self.epoch * self.context.steps_per_epoch + self.step_in_epoch
         bar = tqdm(
-            total=total, initial=self.epoch * self.context.steps_per_epoch + self.step_in_epoch, desc=f"pretrain {params.method}",
+            total=total, initial=first, desc=f"pretrain {params.method}",
             unit="step", disable=None if distributed.is_main() else True, mininterval=1.0,
         )
         self.saved_at, self.clock = time.monotonic(), time.monotonic()
-        first = bar.initial
         with bar:
             while self.epoch < params.epochs:
                 self._train_epoch(stop, bar)

@@ -1,4 +1,4 @@
-"""The pretrain and finetune stages around their loops: processes, scratch folders, finished results, tracking, outputs."""
+"""The pretrain stage around its loop: processes, scratch folders, finished results, tracking, outputs."""
 
 from __future__ import annotations
 

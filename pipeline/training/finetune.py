@@ -1,0 +1,211 @@
+"""Fine-tuning and out-of-fold prediction for one initialisation, seed and outer fold.
+
+Inner validation patients select the epoch; the outer test patients are only predicted. While layers are frozen, their
+outputs are computed once for a few augmented views of every training frame, which makes an epoch cost little more than
+the trained layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from pipeline.config import FinetuneParams
+from pipeline.data.frames import FrameCache
+from pipeline.data.loader import sample_generator
+from pipeline.data.transforms import draw_view, normalize, render
+from pipeline.evaluation.features import evenly_spaced, render_centre
+from pipeline.evaluation.metrics import Scores, classification_metrics, select_epoch
+from pipeline.models.classifier import Classifier
+from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
+
+__all__ = ["FinetuneData", "Finetuning", "Predictions", "class_weights", "subset_by_patient"]
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """Labelled videos of one fold, as indices into `frames`."""
+
+    frames: FrameCache
+    labels: np.ndarray
+    """int64 [videos], class numbers."""
+    groups: list[str]
+    classes: list[str]
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of frames: `items` are (video index, frame number) pairs, `probabilities` float32 [N, C]."""
+
+    items: list[tuple[int, int]]
+    probabilities: np.ndarray
+
+    def by_video(self) -> tuple[np.ndarray, np.ndarray]:
+        """(video indices [V] ascending, mean probabilities [V, C])."""
+        videos = np.array([v for v, _ in self.items])
+        distinct = np.unique(videos)
+        return distinct, np.stack([self.probabilities[videos == v].mean(0) for v in distinct])
+
+
+def class_weights(labels: np.ndarray, classes: int, kind: str) -> torch.Tensor | None:
+    """Weights of the cross-entropy: inverse class frequency over videos with mean 1 over samples, or None."""
+    if kind == "none":
+        return None
+    counts = np.bincount(labels, minlength=classes).astype(np.float64)
+    return torch.tensor(len(labels) / (classes * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+def subset_by_patient(videos: list[int], labels: np.ndarray, groups: list[str], fraction: float, seed: int) -> list[int]:
+    """Videos of a share of the patients, at least one patient a class; nested: a larger fraction contains a smaller one."""
+    if fraction >= 1:
+        return videos
+    keep: set[str] = set()
+    for label in sorted({int(labels[v]) for v in videos}):
+        patients = sorted({groups[v] for v in videos if labels[v] == label})
+        order = np.random.default_rng([seed, label]).permutation(len(patients))
+        keep |= {patients[i] for i in order[: max(1, round(fraction * len(patients)))]}
+    return [v for v in videos if groups[v] in keep]
+
+
+class Finetuning:
+    """One classifier: train, select an epoch, predict.
+
+    Args:
+        network: classifier on the device. seed: of frames, views and order. size: image side in pixels.
+    """
+
+    def __init__(self, network: Classifier, data: FinetuneData, params: FinetuneParams, *, seed: int, size: int, device: torch.device) -> None:
+        self.network, self.data, self.params, self.seed, self.size, self.device = network, data, params, seed, size, device
+        self.statistics = params.augmentation.normalization
+        self.cached = network.cacheable and params.cached_views > 0
+        self.frozen, self.live = network.split() if self.cached else (torch.nn.Identity(), network)
+        self.weights = class_weights(data.labels[data.train], len(data.classes), params.class_weights)
+        self.weights = None if self.weights is None else self.weights.to(device)
+        self.optimizer = build_optimizer(params.optimizer, network.parameters())
+        self.rows: list[dict[str, Any]] = []
+        self.selected_epoch = 0
+        self._inputs: dict[str, tuple[list[tuple[int, int]], torch.Tensor]] = {}
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _constants(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 images -> what the trained part reads: normalised images, or the frozen layers' outputs."""
+        parts = []
+        self.frozen.eval()
+        for start in range(0, len(images), 64):
+            chunk = torch.from_numpy(images[start : start + 64]).to(self.device)
+            parts.append(self.frozen(normalize(chunk, self.statistics)))
+        return torch.cat(parts)
+
+    def _training_frames(self, epoch: int) -> list[tuple[int, int]]:
+        """`frames_per_video` random frames of each training video, the same whatever else is drawn."""
+        chosen = []
+        for video in self.data.train:
+            count = self.data.frames.num_frames(video)
+            rng = np.random.default_rng([self.seed, epoch, self.data.frames.videos[video].number])
+            take = min(self.params.frames_per_video, count)
+            chosen += [(video, int(n)) for n in sorted(rng.choice(count, take, replace=False))]
+        return chosen
+
+    def _render_views(self, items: list[tuple[int, int]], epoch: int) -> np.ndarray:
+        """One augmented view of each frame: uint8 [N, size, size(, 3)]."""
+        frames = self.data.frames
+        out = np.empty((len(items), self.size, self.size, *frames.frame_shape), np.uint8)
+        for row, (video, number) in enumerate(items):
+            rng = sample_generator(self.seed + 1, epoch, frames.videos[video].number, number)
+            frame = frames.frame(video, number)
+            render(frame, draw_view(self.params.augmentation, rng, frame.shape[:2], self.size), self.size, out[row])
+        return out
+
+    def _training_set(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(inputs of the trained part, labels) of an epoch; with cached views a pool drawn from `cached_views` rounds."""
+        turn = epoch % self.params.cached_views if self.cached else epoch
+        name = f"train{turn}"
+        if name not in self._inputs:
+            items = self._training_frames(turn)
+            inputs = self._constants(self._render_views(items, turn))
+            if not self.cached:
+                return inputs, self._labels(items)
+            self._inputs[name] = items, inputs
+        items, inputs = self._inputs[name]
+        return inputs, self._labels(items)
+
+    def _labels(self, items: list[tuple[int, int]]) -> torch.Tensor:
+        return torch.tensor([int(self.data.labels[v]) for v, _ in items], device=self.device)
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        params = self.params
+        inputs, labels = self._training_set(epoch)
+        self.network.training_mode(epoch)
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(inputs))).to(self.device)
+        batches = list(order.split(params.batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # Batch norm cannot normalise one sample; it joins the batch before it.
+            batches[-2:] = [torch.cat(batches[-2:])]
+        total, right, rate = 0.0, 0, params.optimizer.lr
+        for number, rows in enumerate(batches):
+            rate = learning_rate(params.optimizer, params.epochs, epoch + number / len(batches))
+            set_learning_rate(self.optimizer, rate)
+            logits = self.live(inputs[rows])
+            loss = F.cross_entropy(logits, labels[rows], weight=self.weights)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += float(loss.detach()) * len(rows)
+            right += int((logits.argmax(1) == labels[rows]).sum())
+        return {"train_loss": total / len(order), "train_accuracy": right / len(order), "learning_rate": rate}
+
+    @torch.no_grad()
+    def predict(self, part: str) -> Predictions:
+        """Probabilities of evenly spaced frames of `train`, `validation` or `test` videos, in evaluation mode."""
+        if part not in self._inputs:
+            videos = getattr(self.data, part)
+            count = self.params.eval_frames_per_video
+            items = [(v, n) for v in videos for n in evenly_spaced(self.data.frames.num_frames(v), count)]
+            images = render_centre(self.data.frames, items, self.size)
+            self._inputs[part] = items, self._constants(images)
+        items, inputs = self._inputs[part]
+        self.network.eval()
+        logits = torch.cat([self.live(chunk) for chunk in inputs.split(256)])
+        return Predictions(items, logits.float().softmax(1).cpu().numpy())
+
+    def _score(self, part: str) -> dict[str, float]:
+        """Metrics per video of one part; frames are averaged first."""
+        videos, probabilities = self.predict(part).by_video()
+        patients = np.array([self.data.groups[v] for v in videos])
+        probabilities = probabilities.astype(np.float64)
+        scores = Scores(self.data.labels[videos], probabilities / probabilities.sum(1, keepdims=True), patients, tuple(self.data.classes))
+        numbers = classification_metrics(scores)
+        return {
+            "accuracy": numbers["accuracy"], "balanced_accuracy": numbers["balanced_accuracy"], "macro_f1": numbers["macro_f1"],
+            "loss": numbers["log_loss"],
+        }
+
+    def train(self, tracker: Any, title: str) -> None:
+        """All epochs; afterwards the network holds the weights of the selected one."""
+        params = self.params
+        watched = {"inner": "validation", "best_on_test": "test"}.get(params.selection)
+        name, rule = f"{watched}_{params.selection_metric}", "lowest" if params.selection_metric == "loss" else "highest"
+        kept: dict[str, torch.Tensor] | None = None
+        for epoch in tqdm(range(params.epochs), desc=title, unit="epoch", disable=None, mininterval=1.0):
+            row: dict[str, Any] = {"epoch": epoch, **self._train_epoch(epoch)}
+            for part in ["validation"] * bool(self.data.validation) + ["test"] * (watched == "test"):
+                row |= {f"{part}_{key}": value for key, value in self._score(part).items()}
+            self.rows.append(row)
+            tracker.log_metrics({key: value for key, value in row.items() if key != "epoch"}, step=epoch)
+            self.selected_epoch = epoch if watched is None else select_epoch([r[name] for r in self.rows], rule)
+            if self.selected_epoch == epoch:
+                kept = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
+        if kept is not None:
+            self.network.load_state_dict(kept)

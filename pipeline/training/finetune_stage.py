@@ -1,0 +1,194 @@
+"""The finetune stage around its loop: data of one fold, the encoder or the untrained network, finished results, outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, fingerprint
+from pipeline.data.frames import FrameCache, gather_videos
+from pipeline.data.splits import Fold, Splits
+from pipeline.data.store import FrameStore
+from pipeline.data.transforms import working_size
+from pipeline.errors import CheckpointError, DataError, LeakageError
+from pipeline.files import atomic_write, hash_file, read_json, scratch_folder, write_curves, write_json
+from pipeline.launch import threads_per_process
+from pipeline.tracking import NullTracker, open_tracker
+from pipeline.training.inputs import code_digest, frames_folder
+
+__all__ = ["run_finetune_stage"]
+
+OPTIMISTIC = "optimistic (selected on test)"
+RESULT_FILES = ("predictions.csv", "card.json", "curves.csv", "model.safetensors")
+
+
+def _parts(config: Config, splits: Splits, fold: Fold) -> dict[str, list[str]]:
+    """Video ids of training, inner validation and test. The inner fold used for selection is the first."""
+    if config.finetune.selection == "inner" and not fold.inner:
+        raise DataError(
+            f"finetune.selection: inner needs inner validation patients, but fold {fold.fold} has too few. Use selection: last, fewer "
+            f"split.folds, or more patients a class."
+        )
+    if fold.inner:
+        return {"train": fold.inner[0].train, "validation": fold.inner[0].validation, "test": fold.test}
+    return {"train": fold.train, "validation": [], "test": fold.test}
+
+
+def _encoder_card(init: str, fold: Fold, splits: Splits) -> dict[str, Any]:
+    """What pretrained the encoder, checked against this fold's test patients; empty for `random`."""
+    if init == "random":
+        return {}
+    folder = Path(f"models/encoders/fold{fold.fold}")
+    if not (folder / "card.json").is_file():
+        raise CheckpointError(f"{folder}: no encoder. Run the pretrain stage first (dvc repro pretrain@{fold.fold}).")
+    card = read_json(folder / "card.json")
+    shared = sorted(set(card["groups"]) & set(splits.groups_of(fold.test)))
+    if shared and card["scope"] == "fold":
+        raise LeakageError(
+            f"{folder}: this encoder was pretrained on {len(shared)} test patients of fold {fold.fold}, for example {shared[0]}. "
+            f"Run the pretrain stage again with pretrain.scope: fold."
+        )
+    return card
+
+
+def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: dict[str, list[str]], digest: str) -> str:
+    """Everything that determines the predictions; for `random` that is independent of pretraining."""
+    code = code_digest(
+        "training/finetune.py", "training/optim.py", "models/classifier.py", "models/backbones.py", "models/heads.py",
+        "data/transforms.py", "evaluation/features.py",
+    )
+    finetune = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})
+    labels = sorted((video, splits.labels[video], splits.groups[video]) for part in parts.values() for video in part)
+    shared = (config.pretrain.backbone, config.pretrain.image_size, config.pretrain.memory_budget_mb > 0, config.launch.device)
+    encoder = hash_file(Path(digest)) if digest else f"random {config.pretrain.seed}"
+    return fingerprint(finetune, shared, labels, parts, splits.classes, splits.manifest_digest, code, init, seed, encoder)
+
+
+def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -> str:
+    """Fine-tune one initialisation on one fold into models/finetuned/<init>-seed<S>-fold<K>; returns the closing line.
+
+    Raises:
+        DataError, CheckpointError, LeakageError: what is missing or does not fit, before any training.
+    """
+    splits = Splits.read(Path("data/splits.json"))
+    fold = splits.fold(fold_number)
+    parts = _parts(config, splits, fold)
+    encoder = _encoder_card(init, fold, splits)
+    weights = f"models/encoders/fold{fold_number}/encoder.safetensors" if encoder else ""
+    key = _fingerprint(config, splits, init, seed, parts, weights)
+    output = Path(f"models/finetuned/{init}-seed{seed}-fold{fold_number}")
+    done = scratch_folder("finetune", key) / "result"
+    item = f"{init} fold {fold_number} seed {seed}"
+    reused = (done / "card.json").is_file()
+    with open_tracker(config, "finetune", item, fingerprint=key) as tracker:
+        if not reused:
+            part = done.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            identity = {"schema": 1, "init": init, "seed": seed, "fold": fold_number, "fingerprint": key}
+            _finetune(config, splits, parts, encoder, weights, identity, part, tracker)
+            os.replace(part, done)
+        output.mkdir(parents=True, exist_ok=True)
+        for name in RESULT_FILES:
+            shutil.copyfile(done / name, output / name)
+        _log_result(output, tracker)
+        tracker.write_sidecar(Path(f"reports/runs/finetune-{init}-seed{seed}-fold{fold_number}.json"), fingerprint=key)
+    return f"finetune {item}: {'finished result reused' if reused else 'done'}; predictions in {output}"
+
+
+def _finetune(
+    config: Config, splits: Splits, parts: dict[str, list[str]], encoder: dict[str, Any], weights: str, identity: dict[str, Any],
+    folder: Path, tracker: NullTracker,
+) -> None:
+    """Train, select, predict, and write the result files into `folder`."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    from pipeline.checkpoint import load_trunk, read_state_dict
+    from pipeline.models.backbones import build_backbone
+    from pipeline.models.classifier import Classifier
+    from pipeline.reproducibility import configure_torch, seed_everything
+    from pipeline.training.finetune import FinetuneData, Finetuning, subset_by_patient
+    from pipeline.training.pretrain import pick_device
+
+    params, started = config.finetune, time.monotonic()
+    threads = threads_per_process(config.launch)
+    configure_torch(threads)
+    seed_everything(identity["seed"])
+    device = pick_device(config.launch.device)
+    store = FrameStore(frames_folder(params.source))
+    wanted = sorted(video for ids in parts.values() for video in ids)
+    size = config.pretrain.image_size
+    refs = gather_videos([store], wanted)
+    frames = FrameCache(
+        refs, working_size(params.augmentation, size), mode=params.augmentation.resize,
+        budget_mb=config.pretrain.memory_budget_mb, threads=threads,
+    )
+    index = {ref.video: i for i, ref in enumerate(refs)}
+    number = {name: i for i, name in enumerate(splits.classes)}
+    labels = np.array([number[splits.labels[ref.video]] for ref in refs], np.int64)
+    groups = [splits.groups[ref.video] for ref in refs]
+    train = subset_by_patient([index[v] for v in parts["train"]], labels, groups, params.label_fraction, identity["seed"])
+    data = FinetuneData(
+        frames, labels, groups, splits.classes, train, [index[v] for v in parts["validation"]], [index[v] for v in parts["test"]]
+    )
+    backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed)
+    if weights:
+        load_trunk(backbone, read_state_dict(Path(weights), "models/encoders"), weights, "models/encoders")
+    network = Classifier(
+        backbone, config.pretrain.backbone, features, len(splits.classes), head=params.head, trainable=params.trainable,
+        batchnorm=params.batchnorm,
+    ).to(device)
+    run = Finetuning(network, data, params, seed=identity["seed"], size=size, device=device)
+    run.train(tracker, f"finetune {identity['init']} fold {identity['fold']}")
+    card = identity | {
+        "classes": splits.classes, "train_groups": sorted({groups[v] for v in train}),
+        "validation_groups": splits.groups_of(parts["validation"]), "test_groups": splits.groups_of(parts["test"]),
+        "pretrain_groups": encoder.get("groups", []), "pretrain_scope": encoder.get("scope", "none"),
+        "method": encoder.get("method", "random"), "encoder_fingerprint": encoder.get("fingerprint"),
+        "selection": params.selection, "selected_epoch": run.selected_epoch,
+        "stamp": OPTIMISTIC if params.selection == "best_on_test" else None,
+        "trainable": params.trainable, "head": params.head, "label_fraction": params.label_fraction,
+        "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+        "backbone": config.pretrain.backbone, "image_size": size, "device": device.type,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    _write_predictions(folder / "predictions.csv", run, identity, splits)
+    write_curves(folder / "curves.csv", run.rows)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt", "sonoscope": json.dumps({"schema": 1})})
+    write_json(folder / "card.json", card)
+
+
+def _write_predictions(path: Path, run: Any, identity: dict[str, Any], splits: Splits) -> None:
+    """predictions.csv: one row a predicted frame of the test and inner validation videos."""
+    rows = [",".join(["init", "seed", "fold", "part", "video", "patient", "frame", "label", *(f"p_{_quoted(c)}" for c in splits.classes)])]
+    for part in ("test", "validation"):
+        if not getattr(run.data, part):
+            continue
+        predicted = run.predict(part)
+        for (index, frame), probabilities in zip(predicted.items, predicted.probabilities, strict=True):
+            video = run.data.frames.videos[index].video
+            fields = [identity["init"], identity["seed"], identity["fold"], part, video, splits.groups[video], frame]
+            numbers = [repr(float(p)) for p in probabilities]
+            rows.append(",".join([*map(str, fields), _quoted(splits.labels[video]), *numbers]))
+    atomic_write(path, "\n".join(rows) + "\n")
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+
+
+def _log_result(output: Path, tracker: NullTracker) -> None:
+    card = read_json(output / "card.json")
+    tracker.log_params({"selected_epoch": card["selected_epoch"], "stamp": card["stamp"] or "none", "method": card["method"]})
+    tracker.log_metrics({
+        "train.seconds": card["seconds"], "selected_epoch": card["selected_epoch"], "train.patients": len(card["train_groups"]),
+    })
+    tracker.log_artifact(output / "curves.csv")
+    tracker.log_artifact(output / "predictions.csv")
