@@ -2,9 +2,9 @@
 
     python benchmarks/extract.py FOLDER [--workers 2] [--repeats 3] [--limit 0] [--short-side 256]
 
-Both sides start anew for every repeat, alternate, decode every frame of every video of FOLDER and write to a temporary folder.
-Prints frames per second, CPU milliseconds per frame (all processes, start included) and the ratios. A machine with other work
-on it distorts the wall times; the CPU times hold better.
+Both sides start anew for every repeat, alternate, decode every frame of every video of FOLDER and write to a temporary
+folder. Prints frames per second, CPU milliseconds per frame (all processes, start included) and the ratios. A machine
+with other work on it distorts the wall times; the CPU times hold better.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def _measure(function: Callable[..., int], jobs: list[tuple[Media, ExtractParams]], workers: int) -> tuple[int, float, float]:
+def _measure(
+    function: Callable[..., int], jobs: list[tuple[Media, ExtractParams]], workers: int
+) -> tuple[int, float, float]:
     """Frames, wall seconds and CPU seconds of the worker processes."""
     with tempfile.TemporaryDirectory() as name:
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -82,7 +84,8 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, function in (("plain", _plain), ("sonoscope", _ours)):
             taken[name].append(_measure(function, jobs, options.workers))
-    print(f"{len(media)} videos, {options.workers} processes of 1 thread, {options.repeats} interleaved repeats, load {os.getloadavg()}")
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"{len(media)} videos, {options.workers} processes of 1 thread, {options.repeats} repeats, load {load}")
     print(f"{'case':<10} {'frames':>7} {'frames/s (median, min to max)':>34} {'CPU ms/frame':>13}")
     for name, runs in taken.items():
         rates = sorted(frames / wall for frames, wall, _ in runs)

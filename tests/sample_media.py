@@ -34,13 +34,13 @@ def number(frame: np.ndarray) -> int:
     return 8 * high + low
 
 
-def write_video(path: Path, frames: int, fps: float = 10.0, size: tuple[int, int] = (64, 48), seed: int = 0, codec: str = "") -> Path:
-    """A video of `frames` frames; the codec follows the extension unless given."""
+def write_video(path: Path, frames: int, fps: float = 10.0, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
+    """A video of `frames` frames; codec and container follow the extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # OpenCV chooses the container by the extension, so other names are made by renaming.
     suffix = path.suffix.lower() if path.suffix.lower() in CODECS else ".mp4"
     made = path.with_name(f"{path.stem}-writing{suffix}")
-    writer = cv2.VideoWriter(str(made), cv2.VideoWriter_fourcc(*(codec or CODECS[suffix])), fps, size)
+    writer = cv2.VideoWriter(str(made), cv2.VideoWriter_fourcc(*CODECS[suffix]), fps, size)
     assert writer.isOpened()
     for index in range(frames):
         writer.write(picture(index, size, seed))

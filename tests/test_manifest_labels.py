@@ -14,9 +14,9 @@ from pipeline.data.manifest import COLUMNS, Manifest, VideoRow, merge_identical,
 from pipeline.errors import ConfigError, DataError
 
 ROW = VideoRow(
-    video="0" * 16, source="main", path="a.mp4", sha256="0" * 64, patient="P0123456789", label="x", kind="video", frames=5,
-    frames_decoded=10, frames_claimed=11, fps=9.99, fps_source="container", width=640, height=480, stored_width=341,
-    stored_height=256, channels=1, bytes=10240, warnings="one; two",
+    video="0" * 16, source="main", path="a.mp4", sha256="0" * 64, patient="P0123456789", label="x", kind="video",
+    frames=5, frames_decoded=10, frames_claimed=11, fps=9.99, fps_source="container", width=640, height=480,
+    stored_width=341, stored_height=256, channels=1, bytes=10240, warnings="one; two",
 )
 
 
@@ -24,11 +24,9 @@ def row(number: int, **changes: object) -> VideoRow:
     return replace(ROW, **{"video": f"{number:016x}", "sha256": f"{number:064x}", "path": f"{number}.mp4", **changes})
 
 
-# Manifest ---------------------------------------------------------------------------------------------------------------
-
-
 def test_manifest__round_trip_and_digest(tmp_path: Path) -> None:
-    rows = [row(2, path='ü, "q"\nb.avi'), row(1, fps=None, frames_claimed=None, label="", patient="", warnings=""), row(3, path="Z")]
+    empty = row(1, fps=None, frames_claimed=None, label="", patient="", warnings="")
+    rows = [row(2, path='ü, "q"\nb.avi'), empty, row(3, path="Z")]
     manifest = Manifest(rows)
     manifest.write(tmp_path / "manifest.csv")
     again = Manifest.read(tmp_path / "manifest.csv")
@@ -103,9 +101,6 @@ def test_merge__identical_content() -> None:
     assert (one.label, one.patient) == ("x", "P0123456789"), "unknown contradicts nothing"
 
 
-# Labels -----------------------------------------------------------------------------------------------------------------
-
-
 def media(root: Path, *names: str) -> None:
     """Files with distinct contents; labels are read without decoding."""
     for name in names:
@@ -128,7 +123,10 @@ def test_labels__auto_finds_columns_in_several_tables(tmp_path: Path) -> None:
     table(tmp_path, "x,y\n1,2\n", "other.csv")
     found = labelled(tmp_path)
     assert found.labels == {
-        "free.avi": Label(), "i/c.mp4": Label("well", "p3"), "v/a.mp4": Label("sick", "p1", 12.5), "v/b.MP4": Label("well", "p2"),
+        "free.avi": Label(),
+        "i/c.mp4": Label("well", "p3"),
+        "v/a.mp4": Label("sick", "p1", 12.5),
+        "v/b.MP4": Label("well", "p2"),
     }
     assert any("1 of 4 files have no label" in note for note in found.notes)
     assert any(note.startswith("other.csv: no path column") for note in found.notes)
@@ -137,8 +135,9 @@ def test_labels__auto_finds_columns_in_several_tables(tmp_path: Path) -> None:
 def test_labels__all_problems_at_once(tmp_path: Path) -> None:
     media(tmp_path, "a.mp4", "b.mp4", "x/same.mp4", "y/same.mp4")
     table(tmp_path, (
-        "path,label,patient,fps\na.mp4,sick,p1,\na.mp4,well,p1,\nb.mp4,well,p2,\nb.mp4,well,p3,\nb.mp5,well,p2,\n../c.mp4,well,p2,\n"
-        "/etc/passwd,well,p2,\nsame.mp4,well,p2,\nx/../../d.mp4,well,p2,\na.mp4,sick,p1,fast\nb.mp4,well\n,well,p1,\n"
+        "path,label,patient,fps\na.mp4,sick,p1,\na.mp4,well,p1,\nb.mp4,well,p2,\nb.mp4,well,p3,\nb.mp5,well,p2,\n"
+        "../c.mp4,well,p2,\n/etc/passwd,well,p2,\nsame.mp4,well,p2,\nx/../../d.mp4,well,p2,\n"
+        "a.mp4,sick,p1,fast\nb.mp4,well\n,well,p1,\n"
     ))
     with pytest.raises(DataError) as caught:
         labelled(tmp_path)
@@ -162,7 +161,8 @@ def test_labels__all_problems_at_once(tmp_path: Path) -> None:
 def test_labels__same_name_in_two_folders(tmp_path: Path) -> None:
     media(tmp_path, "x/same.mp4", "y/same.mp4")
     table(tmp_path, "path,label\nx/same.mp4,a\ny/same.mp4,b\n")
-    assert {path: said.label for path, said in labelled(tmp_path).labels.items()} == {"x/same.mp4": "a", "y/same.mp4": "b"}
+    labels = labelled(tmp_path).labels
+    assert {path: said.label for path, said in labels.items()} == {"x/same.mp4": "a", "y/same.mp4": "b"}
 
 
 def test_labels__bare_names_and_other_unicode_spelling(tmp_path: Path) -> None:
@@ -234,8 +234,9 @@ def test_include__filters_rows(tmp_path: Path) -> None:
     assert [item.path for item in both.media] == ["a.mp4", "b.mp4"]
     with pytest.raises(ConfigError) as caught:
         labelled(tmp_path, include={"prob": ["convex"], "probe": ["convx"]})
-    assert "data.include.prob: no such column. Did you mean 'probe'? Columns: path, label, probe, score" in str(caught.value)
-    assert "no row has the value 'convx'. Did you mean 'convex'? Values: 'convex' (2), 'linear' (1)" in str(caught.value)
+    text = str(caught.value)
+    assert "data.include.prob: no such column. Did you mean 'probe'? Columns: path, label, probe, score" in text
+    assert "no row has the value 'convx'. Did you mean 'convex'? Values: 'convex' (2), 'linear' (1)" in text
     with pytest.raises(ConfigError, match="no row passes all conditions together"):
         labelled(tmp_path, include={"probe": ["linear"], "score": [2]})
     with pytest.raises(ConfigError, match="needs a labels table"):

@@ -72,11 +72,13 @@ def test_write__same_frames_give_same_bytes_and_tar_reads_them(tmp_path: Path) -
     raw = jpegs(3, 1)
     assert write_video(tmp_path / "x", "d" * 16, raw) == write_video(tmp_path / "y", "d" * 16, iter(raw)) == 3
     for suffix in (".tar", ".idx.npy"):
-        assert (tmp_path / "x" / f"{'d' * 16}{suffix}").read_bytes() == (tmp_path / "y" / f"{'d' * 16}{suffix}").read_bytes()
+        one, two = (tmp_path / name / f"{'d' * 16}{suffix}" for name in "xy")
+        assert one.read_bytes() == two.read_bytes()
     with tarfile.open(tmp_path / "x" / f"{'d' * 16}.tar") as tar:
         members = tar.getmembers()
         assert [member.name for member in members] == ["00000.jpg", "00001.jpg", "00002.jpg"]
-        assert {(member.mtime, member.uid, member.gid, member.uname, member.gname) for member in members} == {(0, 0, 0, "", "")}
+        owners = {(member.mtime, member.uid, member.gid, member.uname, member.gname) for member in members}
+        assert owners == {(0, 0, 0, "", "")}
         assert [tar.extractfile(member).read() for member in members] == raw
         index = np.load(tmp_path / "x" / f"{'d' * 16}.idx.npy")
         assert index.dtype == np.int64 and index.tolist() == [[member.offset_data, member.size] for member in members]
@@ -107,7 +109,9 @@ def test_frame__unknown_video(tmp_path: Path) -> None:
         make(tmp_path, {"a": 1}).frame("f" * 16, 0)
 
 
-@pytest.mark.parametrize("damage", ["tar missing", "index missing", "tar cut", "tar empty", "index cut", "index of another video"])
+@pytest.mark.parametrize(
+    "damage", ["tar missing", "index missing", "tar cut", "tar empty", "index cut", "index of another video"]
+)
 def test_frame__damaged_store(tmp_path: Path, damage: str) -> None:
     store = make(tmp_path, {"a": 5, "b": 3})
     tar, index = tmp_path / f"{'a'.ljust(16, '0')}.tar", tmp_path / f"{'a'.ljust(16, '0')}.idx.npy"

@@ -116,7 +116,8 @@ def test_frame_folder__natural_order(tmp_path: Path) -> None:
 def test_frame_folder__not_when_a_table_names_its_images(tmp_path: Path) -> None:
     sample.write_frame_folder(tmp_path / "stills", 3)
     found = find_media(tmp_path, {"stills/00001.jpg"})
-    assert [(item.path, item.kind) for item in found.media] == [(f"stills/0000{index}.jpg", "image") for index in range(3)]
+    expected = [(f"stills/0000{index}.jpg", "image") for index in range(3)]
+    assert [(item.path, item.kind) for item in found.media] == expected
 
 
 def test_frame_folder__other_files_make_it_a_plain_folder(tmp_path: Path) -> None:

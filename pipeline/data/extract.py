@@ -1,7 +1,7 @@
 """The extract stage: a folder of media becomes a frame store, a manifest, metrics and contact sheets.
 
-Videos are decoded by several processes and kept, one by one, in a scratch folder keyed by content and parameters; the output
-is linked from there. A killed run, or one video added, repeats no finished work although DVC empties the output.
+Videos are decoded by several processes and kept, one by one, in a scratch folder keyed by content and parameters; the
+output is linked from there. A killed run, or one video added, repeats no finished work although DVC empties the output.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def _run_tasks(tasks: list[Task], workers: int) -> Iterator[Extracted]:
             crashed: list[Task] = []
             yield from _run_pool(deque([task]), 1, crashed)
             if crashed:
-                yield Extracted(task.media.path, reason="reading it ended the decoding process (crash or out of memory)")
+                reason = "reading it ended the decoding process (crash or out of memory)"
+                yield Extracted(task.media.path, reason=reason)
 
 
 def _size(media: Media) -> int:
@@ -213,7 +214,8 @@ def _rows(source: str, found: LabelledMedia, results: list[Extracted], key: str)
         facts["warnings"] = "; ".join(facts["warnings"])
         rows.append(VideoRow(
             video=result.video, source=source, path=result.path, sha256=result.sha256,
-            patient=pseudonym(label.patient, key), label=label.label, kind=kinds[result.path], bytes=result.bytes, **facts,
+            patient=pseudonym(label.patient, key), label=label.label, kind=kinds[result.path], bytes=result.bytes,
+            **facts,
         ))
     return merge_identical(rows)
 
@@ -302,8 +304,8 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
 
     Raises:
         ConfigError: An unknown source, or a filter that matches nothing.
-        DataError: Disagreeing labels, nothing readable, a full disk, or (with `extract.on_error: fail`) any unreadable file,
-            after everything readable was written.
+        DataError: Disagreeing labels, nothing readable, a full disk, or (with `extract.on_error: fail`) any unreadable
+            file, after everything readable was written.
     """
     if source != "main" and source not in config.data.extra_sources:
         raise ConfigError(f"source '{source}': unknown. Allowed: {', '.join(['main', *config.data.extra_sources])}")
@@ -353,6 +355,6 @@ def _tell(notes: list[str], quarantined: list[Extracted], rows: list[VideoRow]) 
             kind = re.sub(r"\bP?[0-9a-f]*\d[0-9a-f]*\b", "#", text)
             counts[kind] = counts.get(kind, 0) + 1
     for text, count in counts.items():
-        print(f"warning: {count} of {len(rows)}: {text} (# is a number; see the column warnings of manifest.csv)", file=sys.stderr)
+        print(f"warning: {count} of {len(rows)} files: {text} (# is a number; see manifest.csv)", file=sys.stderr)
     for result in quarantined:
         print(f"unreadable: {result.path}: {result.reason}", file=sys.stderr)

@@ -35,7 +35,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Label:
-    """What a table says of one file: label and patient id (empty when unknown), frames per second (None when unknown)."""
+    """What is said of one file: label and patient id, empty when unknown; frames per second, None when unknown."""
 
     label: str = ""
     patient: str = ""
@@ -94,7 +94,8 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
         key = "data.source" if main else f"data.extra_sources.{source}.path"
         raise DataError(f"{key}: folder '{root}' does not exist. Name the folder that holds the videos.")
     tables = _read_tables(root, setting, params, strict=main)
-    tables.problems += [f"{row.where}: path '{row.path}' leads out of the folder" for row in tables.rows if _escapes(row)]
+    escaping = [row for row in tables.rows if _escapes(row)]
+    tables.problems += [f"{row.where}: path '{row.path}' leads out of the folder" for row in escaping]
     tables.rows = [row for row in tables.rows if not _escapes(row)]
     survey = find_media(root, {row.path for row in tables.rows})
     found = LabelledMedia(survey.media, {}, survey.notes + tables.notes)
@@ -108,7 +109,7 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
         raise DataError(_listing(f"{root}: the labels tables cannot be used", tables.problems))
     else:
         if include:
-            raise ConfigError(f"data.include: needs a labels table, but none was found in {root} (data.labels: {setting})")
+            raise ConfigError(f"data.include: needs a labels table; none was found in {root} (data.labels: {setting})")
         if setting == "auto":
             _label_by_folder(found)
     if main and params.media != "all":
@@ -125,7 +126,8 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
 
 def _listing(title: str, problems: list[str]) -> str:
     """Title and one line a problem, shortened after `_SHOWN`."""
-    lines = [f"{title}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", *(f"  {text}" for text in problems[:_SHOWN])]
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    lines = [f"{title}: {count}", *(f"  {text}" for text in problems[:_SHOWN])]
     if len(problems) > _SHOWN:
         lines.append(f"  ... and {len(problems) - _SHOWN} more")
     return "\n".join(lines)
@@ -149,7 +151,9 @@ def _read_tables(root: Path, setting: str, params: DataParams, strict: bool) -> 
             raise DataError(f"labels table '{setting}': must lie inside the source folder {root}")
         if not path.is_file():
             near = did_you_mean(setting, [item.name for item in root.glob("*.csv")])
-            raise DataError(f"labels table '{setting}': not found in {root}.{near} Use auto, none, or a file name there.")
+            raise DataError(
+                f"labels table '{setting}': not found in {root}.{near} Use auto, none, or a file name there."
+            )
         paths = [path]
     for path in paths:
         _read_table(path, params, tables, required=setting != "auto", strict=strict)
@@ -201,7 +205,9 @@ def _append_row(where: str, cells: dict[str, str], chosen: dict[str, str], table
         except ValueError:
             fps = -1.0
         if not 1 <= fps <= 1000:
-            tables.problems.append(f"{where}: column {named}: found '{cells[named]}', expected frames per second, 1 to 1000")
+            tables.problems.append(
+                f"{where}: column {named}: found '{cells[named]}', expected frames per second, 1 to 1000"
+            )
             return
     said = Label(cells.get(chosen.get("label", ""), ""), cells.get(chosen.get("patient", ""), ""), fps)
     tables.rows.append(_Row(where, posixpath.normpath(written.replace("\\", "/")), said, cells))
@@ -210,17 +216,20 @@ def _append_row(where: str, cells: dict[str, str], chosen: dict[str, str], table
 def _choose_columns(
     name: str, columns: list[str], params: DataParams, tables: _Tables, required: bool, strict: bool
 ) -> dict[str, str] | None:
-    """The column of each role (path, label, patient), or None when the table is skipped or wrong (then a problem is added)."""
+    """The column of each role (path, label, patient); None when the table is skipped, or wrong (a problem is added)."""
     by_lower = {column.lower(): column for column in reversed(columns)}
     chosen: dict[str, str] = {}
-    for role, setting in (("path", params.path_column), ("label", params.label_column), ("patient", params.patient_column)):
+    settings = {"path": params.path_column, "label": params.label_column, "patient": params.patient_column}
+    for role, setting in settings.items():
         known = COLUMN_NAMES[role] if setting == "auto" else (setting.lower(),)
         column = next((by_lower[item] for item in known if item in by_lower), None)
         if column is not None:
             chosen[role] = column
         elif setting != "auto" and strict:
             near = did_you_mean(setting, columns)
-            tables.problems.append(f"data.{role}_column: {name} has no column '{setting}'.{near} Found: {', '.join(columns)}")
+            tables.problems.append(
+                f"data.{role}_column: {name} has no column '{setting}'.{near} Found: {', '.join(columns)}"
+            )
             return None
     missing = [role for role in ("path", "label") if role not in chosen]
     if not missing:
@@ -234,7 +243,8 @@ def _choose_columns(
         return chosen
     if required or ("path" in chosen and slips):
         hint = f"; {' and '.join(slips)}" if slips else ""
-        tables.problems.append(f"{text}{hint}. Rename it or set {' and '.join(f'data.{role}_column' for role in missing)}")
+        keys = " and ".join(f"data.{role}_column" for role in missing)
+        tables.problems.append(f"{text}{hint}. Rename it or set {keys}")
     else:
         tables.notes.append(f"{text}; the table was not used")
     return None
@@ -255,7 +265,7 @@ class _Finder:
         self._exact: dict[str, str] = {}
         self._loose: dict[str, list[str]] = {}
         for item in media:
-            # Unicode has two spellings of an accented letter, and file systems and spreadsheets differ in which they use.
+            # Unicode spells an accented letter in two ways; file systems and spreadsheets differ in which they use.
             self._exact[unicodedata.normalize("NFC", item.path)] = item.path
             name = posixpath.basename(item.path)
             keys = {item.path, name, posixpath.splitext(item.path)[0], posixpath.splitext(name)[0]}

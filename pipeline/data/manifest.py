@@ -32,7 +32,7 @@ _OPTIONAL_NUMBERS = ("fps", "frames_claimed")
 
 @dataclass(frozen=True)
 class VideoRow:
-    """One video, still image (1 frame) or frame folder of the frame store. Sizes are pixels, `bytes` is the size of the tar."""
+    """One video, still image (1 frame) or frame folder of the store. Sizes in pixels; `bytes` is the tar's size."""
 
     video: str
     """First 16 hex digits of `sha256`; names the files of the store."""
@@ -124,7 +124,8 @@ class Manifest:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
         if missing:
-            raise DataError(f"{path}: columns missing: {', '.join(missing)}. Found: {', '.join(reader.fieldnames or [])}")
+            found = ", ".join(reader.fieldnames or [])
+            raise DataError(f"{path}: columns missing: {', '.join(missing)}. Found: {found}")
         try:
             rows = [_parse(path, number, cells) for number, cells in enumerate(reader, start=2)]
         except csv.Error as error:
@@ -173,7 +174,9 @@ def _parse(path: Path, row: int, cells: dict[str | None, str | None]) -> VideoRo
         raise DataError(f"{path}: row {row}, column video: found {cells['video']!r}, expected 16 hex digits")
     for column, allowed in _CHOICES.items():
         if cells[column] not in allowed:
-            raise DataError(f"{path}: row {row}, column {column}: found {cells[column]!r}, allowed: {', '.join(allowed)}")
+            raise DataError(
+                f"{path}: row {row}, column {column}: found {cells[column]!r}, allowed: {', '.join(allowed)}"
+            )
     values: dict[str, str | int | float | None] = {}
     for item in fields(VideoRow):
         cell = cells[item.name] or ""

@@ -32,8 +32,8 @@ _NAME = re.compile(r"[0-9a-z-]+")
 def write_video(folder: Path, video: str, jpegs: Iterable[bytes]) -> int:
     """Write `<video>.tar` and `<video>.idx.npy` (int64 [T, 2]: offset and length in bytes) into `folder`.
 
-    The bytes depend on the frames alone (USTAR, time, user and group 0). Both files appear complete or not at all, and the
-    tar comes last, so that a tar always has its index.
+    The bytes depend on the frames alone (USTAR, time, user and group 0). Both files appear complete or not at all, and
+    the tar comes last, so that a tar always has its index.
 
     Returns:
         The number of frames T.
@@ -88,7 +88,8 @@ class _Opened:
                 f"{index}: holds {self.index.dtype} {list(self.index.shape)}, the manifest says int64 [{row.frames}, 2]"
             )
         offsets, lengths = self.index[:, 0], self.index[:, 1]
-        if len(self.data) != row.bytes or offsets.min() < 0 or lengths.min() < 1 or (offsets > len(self.data) - lengths).any():
+        outside = offsets.min() < 0 or lengths.min() < 1 or (offsets > len(self.data) - lengths).any()
+        if len(self.data) != row.bytes or outside:
             raise DataError(
                 f"{tar}: {len(self.data)} bytes where the manifest says {row.bytes} (cut off or foreign). "
                 f"Delete it and run the extract stage again."

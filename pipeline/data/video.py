@@ -23,7 +23,8 @@ from pipeline.files import hash_bytes, hash_file
 # FFmpeg reads these when a file is opened. Only real containers are allowed: a play list renamed to clip.mp4 would
 # otherwise make it open other files of the machine (probed: an ffconcat text file did).
 _CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,avi,gif,matroska,webm,mpeg,mpegts,mpegvideo,m4v,mjpeg,h264,hevc,asf,flv,ogg,mxf,dv,nut,ivf,rm"
+    "mov,mp4,m4a,3gp,3g2,mj2,avi,gif,matroska,webm,mpeg,mpegts,mpegvideo,m4v,mjpeg,h264,hevc,asf,flv,ogg,mxf,dv,nut,"
+    "ivf,rm"
 )
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"protocol_whitelist;file|format_whitelist;{_CONTAINERS}"
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -38,8 +39,8 @@ __all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_medi
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 VIDEO_EXTENSIONS = frozenset(
-    ".mp4 .m4v .mov .avi .mpeg .mpg .mpe .gif .mkv .webm .wmv .asf .flv .ogv .3gp .mts .m2ts .ts .vob .dv .mxf .mjpeg .mjpg"
-    " .h264 .264 .h265 .hevc .nut".split()
+    ".mp4 .m4v .mov .avi .mpeg .mpg .mpe .gif .mkv .webm .wmv .asf .flv .ogv .3gp .mts .m2ts .ts .vob .dv .mxf .mjpeg"
+    " .mjpg .h264 .264 .h265 .hevc .nut".split()
 )
 ASSUMED_FPS = 25.0
 """Used only where sampling by time is asked for and neither container nor table states a usable rate."""
@@ -63,7 +64,7 @@ class Media:
 
 @dataclass
 class Survey:
-    """What a walk through a folder found: media sorted by the bytes of their paths, and one note for all that was left out."""
+    """What a walk through a folder found: media sorted by the bytes of their paths, and notes on what was left out."""
 
     media: list[Media] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -85,7 +86,9 @@ def _sniff(path: Path) -> str:
     return "image" if head.startswith(_STILL_MAGIC) else "video"
 
 
-def _is_frame_folder(folder: Path, names: list[str], subfolders: list[str], single: Collection[str], root: Path) -> bool:
+def _is_frame_folder(
+    folder: Path, names: list[str], subfolders: list[str], single: Collection[str], root: Path
+) -> bool:
     """Whether a folder holds nothing but two or more images named by numbers, none of which a table names by itself."""
     if subfolders or len(names) < 2 or folder == root:
         return False
@@ -110,7 +113,7 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
         DataError: The folder does not exist.
     """
     if not root.is_dir():
-        raise DataError(f"{root}: the source folder does not exist. Set data.source (or data.extra_sources) to a folder.")
+        raise DataError(f"{root}: the folder does not exist. Set data.source (or data.extra_sources) to a folder.")
     home = root.resolve()
     survey, skipped, outside = Survey(), Counter(), 0
     named = frozenset(named)
@@ -288,15 +291,17 @@ def _note(warnings: list[str], text: str) -> None:
 def _check_pixels(path: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise DataError(
-            f"{path}: {width} x {height} pixels are more than extract.max_pixels ({max_pixels}); raise it if this is right"
+            f"{path}: {width} x {height} pixels are more than extract.max_pixels ({max_pixels}); raise it if this is "
+            f"right"
         )
 
 
 class _Thinner:
     """Keeps evenly spaced frames of a sequence of unknown length, in bounded memory and without a second pass.
 
-    Every `stride`-th frame is kept; when eight times the wanted number lie in memory the stride doubles. The final choice is
-    exact for short videos and off by at most an eighth of the spacing for long ones, and frames between are never encoded.
+    Every `stride`-th frame is kept; when eight times the wanted number lie in memory the stride doubles. The final
+    choice is exact for short videos and off by at most an eighth of the spacing for long ones; frames between are never
+    encoded.
     """
 
     def __init__(self, wanted: int) -> None:
@@ -413,7 +418,9 @@ class MediaReader:
         if facts.frames_decoded == 0:
             raise DataError(f"{self.media.path}: no frame could be decoded (empty, damaged or cut off)")
         if facts.frames_claimed is not None and facts.frames_claimed != facts.frames_decoded:
-            facts.warnings.append(f"decoded {facts.frames_decoded} frames where the header claims {facts.frames_claimed}")
+            facts.warnings.append(
+                f"decoded {facts.frames_decoded} frames where the header claims {facts.frames_claimed}"
+            )
 
     def _encode(self, frame: np.ndarray) -> bytes:
         facts = self.facts
