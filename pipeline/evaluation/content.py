@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,20 @@ from pipeline.evaluation.predictions import probability_columns
 from pipeline.evaluation.report import METRIC_NAMES, Table, number, p_words, signed
 
 __all__ = [
-    "choose_cases", "class_tables", "comparison_table", "curve_columns", "data_tables", "fold_tables", "judged_videos",
+    "CURVE_NAMES", "choose_cases", "class_tables", "comparison_table", "curve_columns", "data_tables", "fold_tables", "judged_videos",
     "patient_table", "read_curves", "training_table",
 ]
 
 MAX_WRONG, FRAMES_SHOWN, MAX_PATIENTS, MAX_PANELS = 12, 3, 300, 6
 PREFERRED = ("loss", "knn", "std", "rank", "balanced_accuracy", "macro_f1", "accuracy", "alignment", "uniformity")
 """Curves worth a panel first; everything else that varies follows."""
-TECHNICAL = ("lr", "learning_rate", "seconds", "per_second", "throughput", "momentum", "eta", "memory", "wait", "epoch", "step")
+CURVE_NAMES = {
+    "loss": "Loss", "knn_balanced_accuracy": "Neighbours' vote, balanced accuracy", "embedding_std": "Embedding spread (std)",
+    "effective_rank": "Effective rank", "accuracy": "Accuracy of the pretext task", "train_loss": "Training loss",
+    "validation_loss": "Validation loss", "validation_balanced_accuracy": "Validation balanced accuracy",
+    "validation_macro_f1": "Validation macro F1", "validation_accuracy": "Validation accuracy",
+}
+TECHNICAL = ("chance_loss", "lr", "learning_rate", "seconds", "per_second", "throughput", "momentum", "eta", "memory", "wait", "epoch", "step")
 
 
 def judged_videos(videos: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
@@ -82,11 +89,12 @@ def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str]) -> list[T
             row: list[Any] = [name]
             for init in inits:
                 values = metrics[init][level]
-                row.append(f"{number(values[key])} ({number(values.get(key + '_low'))} to {number(values.get(key + '_high'))})")
+                row.append(_with_interval(values, key))
             row.append(number(metrics["majority"][level].get(key)))
             difference = metrics.get("difference", {}).get(level)
             if difference and key in difference:
-                row.append(f"{signed(difference[key])} ({signed(difference[key + '_low'])} to {signed(difference[key + '_high'])})")
+                ends = f" ({signed(difference[key + '_low'])} to {signed(difference[key + '_high'])})"
+                row.append(signed(difference[key]) + (ends if difference[key + "_low"] is not None else ""))
                 row.append(p_words(difference[key + "_p"]).removeprefix("p = ").removeprefix("p "))
             elif difference:
                 row += ["–", "–"]
@@ -95,7 +103,18 @@ def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str]) -> list[T
         if metrics.get("difference", {}).get(level):
             columns += ["Pretrained − random", "p"]
         tables.append(Table(f"Per {level}", columns, rows, columns[1:], _stamp_note(metrics)))
+    if "difference" in metrics:
+        note = ("p: two-sided permutation test, exchanging the two networks' answers patient by patient. The question was balanced "
+                "accuracy per video; the other p values are not corrected for their number.")
+        tables[-1] = replace(tables[-1], note=" ".join(filter(None, (tables[-1].note, note))))
     return tables
+
+
+def _with_interval(values: Mapping[str, Any], key: str) -> str:
+    """`0.71 (0.60 to 0.81)`, or the bare value where there is no interval."""
+    if values[f"{key}_low"] is None:
+        return number(values[key])
+    return f"{number(values[key])} ({number(values[f'{key}_low'])} to {number(values[f'{key}_high'])})"
 
 
 def _stamp_note(metrics: Mapping[str, Any]) -> str:
@@ -118,17 +137,16 @@ def class_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
     return tables
 
 
-def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits) -> list[Table]:
+def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits, unit: str) -> list[Table]:
     """Balanced accuracy of every fold with its interval, and mean and standard deviation over folds."""
-    columns = ["Fold", "Groups", "Videos", *(init.capitalize() for init in inits)]
+    columns = ["Fold", f"{unit.capitalize()}s", "Videos", *(init.capitalize() for init in inits)]
     rows: list[list[Any]] = []
     for fold in splits.folds:
         groups = {splits.groups[video] for video in fold.test}
         row: list[Any] = [f"fold {fold.fold}", len(groups), len(fold.test)]
         for init in inits:
             values = metrics[init]["folds"][str(fold.fold)]
-            row.append(f"{number(values['balanced_accuracy'])} ({number(values['balanced_accuracy_low'])} to "
-                       f"{number(values['balanced_accuracy_high'])})")
+            row.append(_with_interval(values, "balanced_accuracy"))
         rows.append(row)
     rows.append(["mean ± SD of folds", "", "", *(
         f"{number(metrics[init]['fold_mean']['balanced_accuracy'])} ± {number(metrics[init]['fold_mean']['balanced_accuracy_sd'])}"

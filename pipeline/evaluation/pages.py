@@ -20,7 +20,7 @@ from pipeline.evaluation import content, plots
 from pipeline.evaluation.predictions import Item
 from pipeline.evaluation.report import METRIC_NAMES, Picture, ReportContent, Table, cautions, number, percent, verdict, write_report
 from pipeline.evaluation.summary import METRICS
-from pipeline.tracking_context import shown_params
+from pipeline.tracking_context import shown_params, slug
 
 __all__ = ["write_pages"]
 
@@ -49,12 +49,12 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, items:
         cautions=cautions(config, metrics, warnings), stamps=_stamp_words(metrics),
         pictures={
             "comparison": [drawing.comparison()], "confusion": drawing.confusion(), "roc": drawing.roc(roc),
-            "folds": [drawing.folds()], "training": drawing.training(items),
+            "folds": [drawing.folds()], "pretraining": drawing.pretraining(items), "finetuning": drawing.finetuning(items),
         },
         tables={
             "comparison": content.comparison_table(metrics, drawing.inits),
             "classes": content.class_tables(metrics, drawing.inits, splits.classes),
-            "folds": content.fold_tables(metrics, drawing.inits, splits),
+            "folds": content.fold_tables(metrics, drawing.inits, splits, unit),
             "patients": [content.patient_table(patients, judged, splits.classes, unit)],
             "data": content.data_tables(splits, store, unit),
             "training": [content.training_table(items)],
@@ -112,7 +112,8 @@ class _Drawing:
         spoken = "; ".join(f"{init}: {number(self.metrics[init]['video']['balanced_accuracy'])}" for init in self.inits)
         return Picture(path, f"Dots with intervals for four metrics per video. Balanced accuracy {spoken}.",
                        f"Dots: value; lines: {percent(self.confidence)} intervals over patients. Majority: always answering the most "
-                       "frequent class of the training videos.")
+                       "frequent class of the training videos; it can fall below guessing, because a class that is frequent "
+                       "in training is rarer in the test part.")
 
     def confusion(self) -> list[Picture]:
         """One matrix an initialisation, counts of videos and row percent."""
@@ -131,14 +132,17 @@ class _Drawing:
         """ROC of every class against the rest at video level."""
         if curves.empty:
             return []
-        areas = {(init, name): self.metrics[init]["video"]["per_class"][name]["auroc"]
-                 for init in self.inits for name in self.splits.classes}
-        path = self.folder / "roc.png"
-        plots.draw_roc(path, curves, areas, self.splits.classes, "ROC per class, out-of-fold videos", self.stamp)
-        first = self.inits[0]
-        spoken = ", ".join(f"{name} {number(areas[first, name])}" for name in self.splits.classes)
-        return [Picture(path, f"ROC curves. Area under the curve of the {first} network: {spoken}.",
-                        "Scores of different folds come from different networks; pooling them tends to lower these curves.")]
+        pictures = []
+        for init in self.inits:
+            per_class = self.metrics[init]["video"]["per_class"]
+            areas = {name: per_class[name]["auroc"] for name in self.splits.classes}
+            path = self.folder / f"roc_{init}.png"
+            plots.draw_roc(path, curves[curves["init"] == init], areas, f"ROC, {init}", self.stamp)
+            spoken = ", ".join(f"{name} {number(area)}" for name, area in areas.items())
+            pictures.append(Picture(path, f"ROC curves of the {init} network. Area under the curve: {spoken}.",
+                                    f"{init.capitalize()}, out-of-fold videos. Folds are scored by different networks; pooling "
+                                    "them tends to lower the curve."))
+        return pictures
 
     def folds(self) -> Picture:
         """Balanced accuracy of every fold."""
@@ -159,24 +163,27 @@ class _Drawing:
             if shown:
                 plots.draw_gallery(self.folder / f"gallery_{name}.png", shown, f"Videos judged {name}ly", self.stamp)
 
-    def training(self, items: Sequence[Item]) -> list[Picture]:
-        """Curves of pretraining (one line a fold) and of fine-tuning (one line a model)."""
+    def pretraining(self, items: Sequence[Item]) -> list[Picture]:
+        """Curves of the encoders beside the models, one line an encoder."""
         models = items[0].folder.parent.parent
-        encoders = {path.parent.name: table for path in sorted(models.glob("encoders/*/curves.csv"))
-                    if (table := content.read_curves(path)) is not None}
-        heads = {item.name: table for item in items if (table := content.read_curves(item.folder / "curves.csv")) is not None}
-        colors = {item.name: plots.INIT_COLORS.get(item.card.init, plots.INK) for item in items}
+        return self._curves("pretraining", {path.parent.name: path for path in sorted(models.glob("encoders/*/curves.csv"))})
+
+    def finetuning(self, items: Sequence[Item]) -> list[Picture]:
+        """Curves of the fine-tuned models, coloured by initialisation."""
+        paths = {item.name: item.folder / "curves.csv" for item in items}
+        return self._curves("finetuning", paths, {item.name: item.card.init for item in items})
+
+    def _curves(self, stage: str, paths: Mapping[str, Path], groups: Mapping[str, str] | None = None) -> list[Picture]:
+        curves = {name: table for name, path in paths.items() if (table := content.read_curves(path)) is not None}
         pictures = []
-        for name, curves, own, caption in (
-            ("pretraining", encoders, None, "Pretraining, one line an encoder."),
-            ("finetuning", heads, colors, "Fine-tuning, one line a model; colours are initialisations, teal pretrained, orange random."),
-        ):
-            columns = content.curve_columns(curves)
-            if columns:
-                path = self.folder / f"{name}.png"
-                plots.draw_curves(path, curves, columns, name.capitalize(), own, self.stamp)
-                spoken = ", ".join(plots.readable(column) for column in columns)
-                pictures.append(Picture(path, f"Curves of {name}: {spoken}.", caption))
+        for column in content.curve_columns(curves):
+            title = content.CURVE_NAMES.get(column, plots.readable(column).capitalize())
+            path = self.folder / f"{stage}_{slug(column)}.png"
+            chance = "chance_loss" if column == "loss" else None
+            plots.draw_curve(path, curves, column, title, groups, chance, self.stamp)
+            ends = [table[column].dropna() for table in curves.values() if column in table.columns]
+            alt = f"{title} during {stage}, {len(ends)} runs, from about {ends[0].iloc[0]:.3g} to {ends[0].iloc[-1]:.3g}."
+            pictures.append(Picture(path, alt, ""))
         return pictures
 
 

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 __all__ = [
-    "INIT_COLORS", "draw_comparison", "draw_confusion", "draw_curves", "draw_folds", "draw_gallery", "draw_roc", "readable",
+    "DPI", "INIT_COLORS", "draw_comparison", "draw_confusion", "draw_curve", "draw_folds", "draw_gallery", "draw_roc", "readable",
 ]
 
 INK, MUTED, RULE = "#1c2733", "#5d6b7a", "#d5dce3"
@@ -55,6 +55,13 @@ def _plain(text: str, width: int = 26) -> str:
     return short.replace("$", r"\$")
 
 
+def _on(background: Sequence[float]) -> str:
+    """Text colour for a background (r, g, b, a in 0..1): whichever of ink and white contrasts more (WCAG luminance)."""
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in background[:3]]
+    light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if 1.05 / (light + 0.05) > (light + 0.05) / 0.065 else INK
+
+
 @contextmanager
 def _card(path: Path, stamp: str, **size: Any):
     """A figure in the house style; saved to `path` with the stamp below it, and closed whatever happens."""
@@ -78,12 +85,12 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
     matrix = np.asarray(matrix, dtype=float)
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros_like(matrix), where=total > 0)
-    side = 2.3 + 0.85 * len(classes)
-    with _card(path, stamp, figsize=(side + 1.0, side)) as figure:
+    side = 1.3 + 0.98 * len(classes)
+    with _card(path, stamp, figsize=(side + 0.9, side)) as figure:
         axes = figure.add_subplot()
-        axes.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
+        shades = axes.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
         names = [_plain(name, 18) for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=30 if max(map(len, names)) > 9 else 0, ha="center")
+        axes.set_xticks(range(len(classes)), names, rotation=30 if max(map(len, names)) > 14 else 0, ha="center")
         axes.set_yticks(range(len(classes)), names)
         axes.set(xlabel="Predicted", ylabel="Truth")
         axes.set_title(title)
@@ -93,36 +100,31 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
             spine.set_visible(False)
         for row in range(len(classes)):
             for column in range(len(classes)):
-                color = "white" if share[row, column] > 0.62 else INK
+                color = _on(shades.cmap(shades.norm(share[row, column])))
                 bold = "bold" if row == column else "normal"
                 axes.text(column, row - 0.08, f"{matrix[row, column]:.3g}", ha="center", va="center", color=color,
                           fontsize=14, fontweight=bold)
                 axes.text(column, row + 0.24, f"{share[row, column]:.0%}", ha="center", va="center", color=color, fontsize=9)
 
 
-def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[tuple[str, str], float], classes: Sequence[str],
-             title: str, stamp: str = "") -> None:
-    """ROC per class, one panel an initialisation.
+def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[str, float | None], title: str, stamp: str = "") -> None:
+    """ROC of every class against the rest, for one initialisation.
 
     Args:
-        curves: columns init, class, fpr, tpr.
-        areas: AUROC by (init, class); a missing pair has no curve.
+        curves: columns class, fpr, tpr.
+        areas: AUROC by class, in class order; a class without curve is left out.
     """
-    inits = list(dict.fromkeys(curves["init"]))
-    with _card(path, stamp, figsize=(4.6 * len(inits), 4.6)) as figure:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-        for index, init in enumerate(inits):
-            axes = figure.add_subplot(1, len(inits), index + 1)
-            axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
-            for number, name in enumerate(classes):
-                part = curves[(curves["init"] == init) & (curves["class"] == name)]
-                if part.empty:
-                    continue
+    with _card(path, stamp, figsize=(4.6, 4.6)) as figure:
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
+        for number, (name, area) in enumerate(areas.items()):
+            part = curves[curves["class"] == name]
+            if len(part) and area is not None:
                 axes.plot(part["fpr"], part["tpr"], color=CLASS_COLORS[number % len(CLASS_COLORS)],
-                          linestyle=LINES[number % len(LINES)], label=f"{_plain(name)}  {areas[init, name]:.2f}")
-            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xlabel="1 - specificity", ylabel="Sensitivity")
-            axes.set_title(init.capitalize(), fontsize=10, color=INIT_COLORS.get(init, INK))
-            axes.legend(loc="lower right", title="one class against the rest, AUROC", title_fontsize=8)
+                          linestyle=LINES[number % len(LINES)], label=f"{_plain(name)}  {area:.2f}")
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xlabel="1 − specificity", ylabel="Sensitivity")
+        axes.set_title(title)
+        axes.legend(loc="lower right", title="class against the rest, AUROC", title_fontsize=8)
 
 
 def _interval(axes: Axes, x: float, row: Mapping[str, Any], init: str, label: str | None = None, size: float = 7) -> None:
@@ -143,7 +145,7 @@ def draw_folds(path: Path, folds: pd.DataFrame, pooled: pd.DataFrame, metric: st
     """
     numbers = sorted(folds["fold"].unique())
     inits = list(pooled["init"])
-    with _card(path, stamp, figsize=(max(5.4, 1.0 * len(numbers) + 3.2), 3.7)) as figure:
+    with _card(path, stamp, figsize=(max(6.0, 0.8 * len(numbers) + 2.4), 3.8)) as figure:
         axes = figure.add_subplot()
         axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="guessing")
         for index, init in enumerate(inits):
@@ -157,7 +159,7 @@ def draw_folds(path: Path, folds: pd.DataFrame, pooled: pd.DataFrame, metric: st
         axes.set(ylim=(-0.03, 1.03), ylabel=readable(metric).capitalize(), xlim=(-0.5, len(numbers) + 0.8))
         axes.grid(axis="x", visible=False)
         axes.set_title(f"{readable(metric).capitalize()} per video with {confidence:.0%} intervals")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.legend(loc="outside lower center", ncols=len(inits) + 1)
 
 
 def draw_comparison(path: Path, rows: pd.DataFrame, names: Mapping[str, str], chance: float, confidence: float,
@@ -171,7 +173,7 @@ def draw_comparison(path: Path, rows: pd.DataFrame, names: Mapping[str, str], ch
     """
     metrics = list(dict.fromkeys(rows["metric"]))
     inits = list(dict.fromkeys(rows["init"]))
-    with _card(path, stamp, figsize=(7.2, 1.3 + 0.72 * len(metrics))) as figure:
+    with _card(path, stamp, figsize=(6.0, 1.5 + 0.7 * len(metrics))) as figure:
         axes = figure.add_subplot()
         axes.axvline(chance, color=MUTED, linestyle=":", linewidth=1.2, label=f"guessing ({chance:.2f})")
         for index, init in enumerate(inits):
@@ -187,43 +189,44 @@ def draw_comparison(path: Path, rows: pd.DataFrame, names: Mapping[str, str], ch
                               markeredgecolor="white")
                     end = row["high"] if np.isfinite(row["high"]) else row["value"]
                     axes.annotate(f"{row['value']:.2f}", (end, y), xytext=(6, 0), textcoords="offset points", va="center",
-                                  fontsize=8.5, color=color)
+                                  fontsize=8.5, color=color, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         axes.set_yticks(range(len(metrics)), [names.get(name, readable(name)) for name in metrics])
         axes.set(xlim=(-0.02, 1.08), ylim=(len(metrics) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
         axes.set_title(f"Per video, with {confidence:.0%} intervals over patients")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.legend(loc="outside lower center", ncols=len(inits) + 1)
 
 
-def draw_curves(path: Path, curves: Mapping[str, pd.DataFrame], columns: Sequence[str], title: str,
-                colors: Mapping[str, str] | None = None, stamp: str = "") -> None:
-    """Learning curves, one panel a column, one line a run.
+def draw_curve(path: Path, curves: Mapping[str, pd.DataFrame], column: str, title: str, groups: Mapping[str, str] | None = None,
+               chance: str | None = None, stamp: str = "") -> None:
+    """One quantity over training, one line a run.
 
     Args:
-        curves: by run name, a table with a column `x` (epoch or step) and number columns; a run may lack some.
-        columns: which columns are drawn, in order.
-        colors: line colour by run name.
+        curves: by run name, a table with a column `x` (epoch or step); a run may lack the column.
+        column: what is drawn.
+        groups: initialisation of every run; runs of one initialisation share colour and legend entry.
+        chance: a further column drawn dotted, taken from the first run that has it.
     """
-    across = min(3, len(columns))
-    down = -(-len(columns) // across)
-    unit = str(next(iter(curves.values())).attrs.get("x", "epoch"))
-    with _card(path, stamp, figsize=(3.5 * across + 0.3, 2.5 * down + 0.4)) as figure:
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-        for index, column in enumerate(columns):
-            axes = figure.add_subplot(down, across, index + 1)
-            for number, (name, table) in enumerate(curves.items()):
-                if column not in table.columns:
-                    continue
-                part = table[["x", column]].dropna()
-                color = (colors or {}).get(name, CLASS_COLORS[number % len(CLASS_COLORS)])
-                axes.plot(part["x"], part[column], color=color, linestyle=LINES[number % len(LINES)], linewidth=1.4,
-                          alpha=0.9, label=_plain(name), marker="." if len(part) < 4 else None)
-            axes.set_title(readable(column), fontsize=9.5, fontweight="normal", color=INK)
-            axes.margins(x=0.02)
-            if index >= len(columns) - across:
-                axes.set_xlabel(unit, fontsize=9, color=MUTED)
-            if index == 0 and len(curves) <= 8:
-                axes.legend(fontsize=7.5)
+    with _card(path, stamp, figsize=(3.6, 2.7)) as figure:
+        axes = figure.add_subplot()
+        labelled: set[str] = set()
+        for number, (name, table) in enumerate(curves.items()):
+            if column not in table.columns:
+                continue
+            part = table[["x", column]].dropna()
+            group = groups[name] if groups else name
+            color = INIT_COLORS.get(group, CLASS_COLORS[number % len(CLASS_COLORS)])
+            line = LINES[number % len(LINES)] if not groups else "--" if group == "random" else "-"
+            axes.plot(part["x"], part[column], color=color, linestyle=line, linewidth=1.5, alpha=0.85,
+                      label=None if group in labelled else _plain(group), marker="." if len(part) < 30 else None)
+            labelled.add(group)
+        table = next((table for table in curves.values() if chance in table.columns), None)
+        if table is not None:
+            axes.plot(table["x"], table[chance], color=MUTED, linestyle=":", linewidth=1.2, label="guessing")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(str(next(iter(curves.values())).attrs.get("x", "epoch")), color=MUTED)
+        if len(labelled) <= 6:
+            axes.legend(fontsize=8)
 
 
 def draw_gallery(path: Path, cases: Sequence[Mapping[str, Any]], title: str, stamp: str = "") -> None:

@@ -149,8 +149,8 @@ def _check_rows(table: pd.DataFrame, columns: list[str], card: ItemCard, label: 
         foreign = table[table[key] != wanted]
         if len(foreign):
             raise DataError(
-                f"{label}: row {foreign.index[0] + 2}, column {key}: got {foreign[key].iloc[0]!r}, "
-                f"but card.json says {wanted!r}. Run finetune again."
+                f"{label}: row {foreign.index[0] + 2}, column {key}: got '{foreign[key].iloc[0]}', "
+                f"but card.json says '{wanted}'. Run finetune again."
             )
     parts = table[~table["part"].isin(["test", "validation"])]
     if len(parts):

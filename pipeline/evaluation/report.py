@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from pipeline.config import Config
+from pipeline.evaluation.plots import DPI
 from pipeline.files import atomic_write
 from pipeline.tracking_context import environment_tags
 
@@ -92,7 +93,7 @@ def signed(value: Any, digits: int = 2) -> str:
 
 def percent(value: float) -> str:
     """`95 %`, with a space that does not break."""
-    return f"{100 * value:.3g}\u00a0%"
+    return f"{100 * value:.2g}\u00a0%" if value < 0.1 else f"{100 * value:.3g}\u00a0%"
 
 
 def p_words(value: float | None) -> str:
@@ -106,7 +107,8 @@ def interval_words(values: Mapping[str, Any], metric: str, confidence: float) ->
     """`0.71 (95 % interval 0.60 to 0.81)`; says so where no interval could be computed."""
     low, high = values.get(f"{metric}_low"), values.get(f"{metric}_high")
     if low is None or high is None:
-        return f"{number(values.get(metric))} (no interval: too few patients)"
+        reason = values.get("undefined", {}).get(f"{metric} interval", "too few patients")
+        return f"{number(values.get(metric))} (no interval: {reason})"
     return f"{number(values.get(metric))} ({percent(confidence)} interval {number(low)} to {number(high)})"
 
 
@@ -144,13 +146,18 @@ def verdict(difference: Mapping[str, Any] | None, confidence: float) -> dict[str
         return {"answer": "Unknown", "kind": "open", "sentence": "The difference could not be computed: too few patients."}
     numbers = (f"{signed(gain)} balanced accuracy per video against the same network without pretraining "
                f"({percent(confidence)} interval {signed(low)} to {signed(high)}, {p_words(difference.get('balanced_accuracy_p'))})")
-    if low > 0:
+    p_value = difference.get("balanced_accuracy_p")
+    clear = p_value is not None and p_value <= 1 - confidence
+    if low > 0 and clear:
         return {"answer": "Yes", "kind": "yes", "sentence": f"{numbers}. The whole interval lies above zero."}
-    if high < 0:
+    if high < 0 and clear:
         return {"answer": "No", "kind": "no",
                 "sentence": f"{numbers}. The whole interval lies below zero: on these data pretraining did harm."}
+    if low <= 0 <= high:
+        return {"answer": "Not shown", "kind": "open",
+                "sentence": f"{numbers}. The interval contains zero: these patients are compatible with a gain and with a loss."}
     return {"answer": "Not shown", "kind": "open",
-            "sentence": f"{numbers}. The interval contains zero: these patients are compatible with a gain and with a loss."}
+            "sentence": f"{numbers}. Interval and test do not agree, so the difference is not taken as shown."}
 
 
 def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
@@ -171,6 +178,10 @@ def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]
     if not phantom:
         lines.append("Not for diagnosis, and not a statement about other hospitals, scanners or patient groups: all patients "
                      "come from one collection, and no external validation was made.")
+    if metrics[metrics["headline_init"]]["patient"]["accuracy"] == 1:
+        bound = 1 - (1 - config.evaluate.confidence) ** (1 / metrics["patients"])
+        lines.append(f"No patient was judged wrongly. That does not mean that errors do not happen: with {metrics['patients']} patients, "
+                     f"an error in {percent(bound)} of patients is still compatible with seeing none.")
     if metrics["patients"] < 100:
         lines.append(f"With {metrics['patients']} patients the interval is the message, not the number: two systems whose "
                      "intervals overlap widely are not shown to differ.")
@@ -193,6 +204,12 @@ def png_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii")
 
 
+def shown_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture in CSS pixels, such that its 10-point text is as large as the page's small text."""
+    with Image.open(path) as picture:
+        return round(picture.width * 96 / DPI), round(picture.height * 96 / DPI)
+
+
 def frame_uri(image: np.ndarray, side: int = 220) -> str:
     """A frame (uint8 [H, W] or [H, W, 3]), shrunk to `side` pixels, as a JPEG data URI."""
     picture = Image.fromarray(image)
@@ -207,7 +224,7 @@ def _environment() -> Environment:
         loader=PackageLoader("pipeline.evaluation", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri)
+    jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri, shown=shown_size)
     jinja.globals.update(plural=plural, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
     return jinja
 

@@ -90,9 +90,13 @@ def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: s
         seed=settings.seed,
     )
     for name in METRICS:
-        result[f"{name}_low"], result[f"{name}_high"] = intervals[name].low, intervals[name].high
-        if intervals[name].reason:
-            result["undefined"][f"{name} interval"] = intervals[name].reason
+        low, high, reason = intervals[name].low, intervals[name].high, intervals[name].reason
+        if low is not None and high is not None and high - low < 1e-9:
+            # Resampling patients who all gave the same result finds no spread; that is no proof of certainty.
+            low, high, reason = None, None, "all patients gave the same result, so resampling them tells nothing"
+        result[f"{name}_low"], result[f"{name}_high"] = low, high
+        if reason:
+            result["undefined"][f"{name} interval"] = reason
     return {**result, "stamp": stamp}
 
 
