@@ -1,7 +1,7 @@
 """MLflow for the stages: one parent run per pipeline execution, its children the stages and folds.
 
-A log call appends a line to a local journal and returns; a courier thread delivers to the store every few seconds. If the
-store is slow, locked or gone, the run goes on, one warning is printed, and `sonoscope sync` delivers the journal later.
+A log call appends a line to a local journal and returns; a courier thread delivers to the store every few seconds.
+If the store is slow, locked or gone, the run goes on, one warning is printed, and `sonoscope sync` delivers it later.
 """
 
 from __future__ import annotations
@@ -24,81 +24,23 @@ from pipeline.files import project_root, read_json, write_json
 from pipeline.tracking_context import (
     ExecutionFacts, environment_tags, execution_facts, flatten, gpu_tags, readable, slug, stage_params,
 )
+from pipeline.tracking_courier import Courier, sync, warn
 from pipeline.tracking_journal import FOLDER, Journal, stage_files
-from pipeline.tracking_store import EXECUTION, LEVEL, RUN_KEY, SESSION, Deliverer, resolve_uri, sync
+from pipeline.tracking_store import EXECUTION, LEVEL, RUN_KEY, SESSION, Deliverer, resolve_uri
 
 __all__ = ["NullTracker", "Tracker", "link_skipped", "open_tracker", "sync", "tracking_uri"]
 
-HEALTHY_CLOSE_SECONDS = 60.0
-FAILED_CLOSE_SECONDS = 4.0
+HEALTHY_CLOSE_SECONDS = 30.0
 KILLED_CLOSE_SECONDS = 5.0
-LONGEST_PAUSE_SECONDS = 60.0
 HEADLINE_METRICS = 30
-
-
-def _warn(text: str) -> None:
-    print(f"tracking: {text}", file=sys.stderr, flush=True)
 
 
 def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-class _Courier(threading.Thread):
-    """Delivers a journal in the background; a failure is reported once and the next try waits longer each time.
-
-    The first round comes after `seconds`: MLflow's import then does not compete with the imports of the stage itself.
-    """
-
-    def __init__(self, deliverer: Deliverer, seconds: float) -> None:
-        super().__init__(name="tracking", daemon=True)
-        self.deliverer, self.seconds, self.failed = deliverer, seconds, False
-        self._changed = threading.Condition()
-        self._asked = self._served = 0
-        self._stopping = False
-
-    def run(self) -> None:
-        """Deliver until stopped."""
-        pause = self.seconds
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._asked > self._served or self._stopping, timeout=pause)
-                if self._stopping:
-                    return
-                asked = self._asked
-            try:
-                self.deliverer.deliver()
-                pause, self.failed = self.seconds, False
-            except Exception as error:
-                if not self.failed:
-                    _warn(
-                        f"the MLflow store cannot be used now ({type(error).__name__}); the run goes on and everything is "
-                        f"kept in {self.deliverer.journal}. If it is still there later, deliver it with: sonoscope sync"
-                    )
-                pause, self.failed = min(2 * pause, LONGEST_PAUSE_SECONDS), True
-            with self._changed:
-                self._served = max(self._served, asked)
-                self._changed.notify_all()
-
-    def flush(self, seconds: float) -> bool:
-        """Deliver what is in the journal now; True when that was done within `seconds`."""
-        with self._changed:
-            self._asked += 1
-            wanted = self._asked
-            self._changed.notify_all()
-            return self._changed.wait_for(lambda: self._served >= wanted, timeout=seconds) and not self.failed
-
-    def stop(self) -> bool:
-        """End the thread; False when it hangs in a call, so that the journal must be left to it."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        self.join(0.2)
-        return not self.is_alive()
-
-
 class NullTracker:
-    """Takes every call of a tracker and does nothing; only the sidecar is written, on rank 0, since DVC expects the file."""
+    """Takes every call of a tracker and does nothing; only rank 0 writes the sidecar, since DVC expects the file."""
 
     run_id = parent_id = run_key = execution = ""
 
@@ -112,11 +54,13 @@ class NullTracker:
     def __enter__(self) -> NullTracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         return None
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters of this stage; nested mappings are flattened with dots, private keys and paths are left out."""
+        """Log parameters of this stage; nested mappings are flattened with dots, private keys and paths left out."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers at `step` (0 if None). NaN and infinities are left out and counted."""
@@ -162,7 +106,10 @@ class NullTracker:
 
 
 class Tracker(NullTracker):
-    """The run of one stage (or fold) and its parent. Use as a context manager; no method raises because of tracking."""
+    """The run of one stage (or fold) and its parent. Use as a context manager; no method raises because of tracking.
+
+    A stage that saves and leaves in good order because it was told to stop sets `tracker.status = "KILLED"` before.
+    """
 
     def __init__(self, config: Config, stage: str, item: str | None, fingerprint: str, facts: ExecutionFacts) -> None:
         super().__init__(stage, item, fingerprint=fingerprint)
@@ -180,16 +127,18 @@ class Tracker(NullTracker):
         self._seconds = config.tracking.flush_seconds
         self._open_event = self._describe(config)
         self._journal: Journal | None = None
-        self._courier: _Courier | None = None
+        self._courier: Courier | None = None
         self._old_handler: Any = None
 
     def _describe(self, config: Config) -> dict[str, Any]:
         """The first event of a session: all that is needed to create both runs, now or days later."""
         parent_tags = {**self._facts.tags, EXECUTION: self.execution, LEVEL: "execution"}
-        inherited = {key: value for key, value in self._facts.tags.items() if key in ("dvc.experiment", "git.commit", "method")}
+        repeated = ("dvc.experiment", "git.commit", "method")
+        inherited = {key: value for key, value in self._facts.tags.items() if key in repeated}
         run_tags = {
             **inherited, **environment_tags(), EXECUTION: self.execution, LEVEL: "stage", RUN_KEY: self.run_key,
-            SESSION: self._session, "stage": self.stage, "item": readable(self.item or ""), "fingerprint": self.fingerprint,
+            SESSION: self._session, "stage": self.stage, "item": readable(self.item or ""),
+            "fingerprint": self.fingerprint,
         }  # fmt: skip
         return {
             "op": "open", "t": _now(), "uri": config.tracking.uri or tracking_uri_from_environment() or "",
@@ -202,27 +151,30 @@ class Tracker(NullTracker):
         try:
             self._journal = Journal.open(self.root, self.run_key)
         except (OSError, TimeoutError) as error:
-            _warn(f"cannot write under {self.root / FOLDER} ({type(error).__name__}); this run is not tracked")
+            warn(f"cannot write under {self.root / FOLDER} ({type(error).__name__}); this run is not tracked")
             return self
         self._emit(self._open_event)
-        self._courier = _Courier(Deliverer(self._journal.path, self.root, live=True), self._seconds)
+        self._courier = Courier(Deliverer(self._journal.path, self.root, live=True), self._seconds)
         self._courier.start()
         self._catch_termination()
         return self
 
     def _catch_termination(self) -> None:
-        """Turn SIGTERM into SystemExit where nobody else handles it, so that the run ends as KILLED and not as running."""
+        """Turn SIGTERM into SystemExit where nobody else handles it, so that the run ends as KILLED."""
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             self._old_handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._old_handler is not None:
             signal.signal(signal.SIGTERM, self._old_handler)
         if self._journal is None or self._courier is None:
             return
         if kind is not None and self.status != "KILLED":
-            stopped = issubclass(kind, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code not in (0, None))
-            self.status = "KILLED" if stopped else "FINISHED" if issubclass(kind, SystemExit) else "FAILED"
+            stopped = issubclass(kind, KeyboardInterrupt) or getattr(error, "code", None) == 128 + signal.SIGTERM
+            in_order = isinstance(error, SystemExit) and error.code in (0, None)
+            self.status = "KILLED" if stopped else "FINISHED" if in_order else "FAILED"
         if self.status == "FAILED":
             # The class only: a message may name a patient's file.
             self.set_tags({"failed.with": kind.__name__ if kind else ""})
@@ -230,7 +182,7 @@ class Tracker(NullTracker):
         self.set_tags(gpu_tags())
         if self._left_out:
             found = ", ".join(f"{key} ({count})" for key, count in sorted(self._left_out.items()))
-            _warn(f"{sum(self._left_out.values())} values that are no finite numbers were left out: {found}")
+            warn(f"{sum(self._left_out.values())} values that are no finite numbers were left out: {found}")
             self.set_tags({"left_out": found})
         self._emit({"op": "end", "t": _now(), "status": self.status})
         self._close()
@@ -239,14 +191,14 @@ class Tracker(NullTracker):
         """Deliver the rest within a bounded time; what cannot be delivered stays in the journal."""
         assert self._journal is not None and self._courier is not None
         seconds = KILLED_CLOSE_SECONDS if self.status == "KILLED" else HEALTHY_CLOSE_SECONDS
-        delivered = self._courier.flush(FAILED_CLOSE_SECONDS if self._courier.failed else seconds)
+        delivered = self._courier.flush(seconds)
         if not self._courier.stop():
             return  # It hangs in a call of the store: the journal is its own until the process ends.
         try:
             if delivered and self._courier.deliverer.finish():
-                _warn(f"the MLflow store refused some events; they are kept in {self._journal.path}")
+                warn(f"the MLflow store refused some events; they are kept in {self._journal.path}")
         except OSError as error:
-            _warn(f"cannot tidy {self._journal.path} ({type(error).__name__})")
+            warn(f"cannot tidy {self._journal.path} ({type(error).__name__})")
         self._journal.close()
         self._journal = None
 
@@ -260,7 +212,7 @@ class Tracker(NullTracker):
             except (OSError, TypeError, ValueError) as error:
                 self._lost += 1
                 if self._lost == 1:
-                    _warn(f"cannot write {self._journal.path} ({type(error).__name__}); what is logged from now on may be lost")
+                    warn(f"cannot write {self._journal.path} ({type(error).__name__}); what is logged now may be lost")
 
     def _ids(self) -> dict[str, Any]:
         return self._courier.deliverer.state if self._courier else {}
@@ -306,7 +258,7 @@ class Tracker(NullTracker):
         try:
             place = stage_files(Path(path), staged)
         except OSError as error:
-            _warn(f"artifact {Path(path).name} cannot be read ({type(error).__name__}); it is not logged")
+            warn(f"artifact {Path(path).name} cannot be read ({type(error).__name__}); it is not logged")
             return
         event = {"op": "artifact", "t": _now(), "to": to, "path": str(place), "folder": folder, "staged": str(staged)}
         self._emit({**event, "contents": contents})
@@ -395,14 +347,16 @@ def link_skipped(tracker: NullTracker, folder: Path = Path("reports/runs")) -> l
             record = read_json(path)
             stage, item = str(record["stage"]), record.get("item")
         except (OSError, ValueError, KeyError, TypeError):
-            _warn(f"{path} is not a record of a stage's run and is left out")
+            warn(f"{path} is not a record of a stage's run and is left out")
             continue
         linked = bool(tracker.execution) and record.get("execution", "") not in ("", tracker.execution)
         if linked:
             prefix = f"linked.{slug(f'{stage}-{item}' if item else stage)}"
-            tracker.set_parent_tags({prefix: record.get("run_id") or f"not delivered yet, key {record.get('run_key', '')}"})
+            run_id = record.get("run_id") or f"not delivered yet, key {record.get('run_key', '')}"
+            tracker.set_parent_tags({prefix: run_id})
             metrics = record.get("metrics")
-            tracker.log_parent_metrics({f"{prefix}.{k}": v for k, v in metrics.items()} if isinstance(metrics, dict) else {})
+            if isinstance(metrics, dict):
+                tracker.log_parent_metrics({f"{prefix}.{key}": value for key, value in metrics.items()})
         shown = ("run_id", "parent_id", "status", "fingerprint", "seconds")
         rows.append({"stage": stage, "item": item, **{key: record.get(key) for key in shown}, "linked": linked})
     return rows

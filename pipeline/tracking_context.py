@@ -29,7 +29,7 @@ __all__ = [
 # Values that say where data lie, who is in them, or that are free text. Their effect on a result is carried by the data
 # set's digest, so nothing is lost for comparison.
 PRIVATE_KEYS = re.compile(
-    r"(^|\.)(pseudonym_key|data\.source|data\.labels|data\.include|data\.extra_sources|split\.file|evaluate\.title)(\.|$)"
+    r"(^|\.)(pseudonym_key|data\.(source|labels|include|extra_sources)|split\.file|evaluate\.title)(\.|$)"
 )
 STAGE_SECTIONS = {
     "extract": ("data", "extract"),
@@ -111,11 +111,10 @@ def stage_params(params: Mapping[str, str], stage: str) -> dict[str, str]:
 
 
 def _git(*arguments: str) -> tuple[int, str]:
-    """Exit code and output of git in the working copy that runs (not the project root: a queued experiment has its own)."""
+    """Exit code and output of git in the working copy that runs; a queued experiment has one of its own."""
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, timeout=5, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        )
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return 127, ""
     return done.returncode, done.stdout.strip()
@@ -154,7 +153,7 @@ def execution_facts(config: Config) -> ExecutionFacts:
 
 
 def environment_tags() -> dict[str, str]:
-    """Python, package versions, platform, cores and lock file of this process, without importing any of the packages."""
+    """Python, package versions, platform, cores and lock file of this process, without importing any of them."""
     tags = {
         "env.python": platform.python_version(),
         "env.platform": f"{platform.system()} {platform.machine()}",
@@ -173,7 +172,10 @@ def environment_tags() -> dict[str, str]:
 
 def gpu_tags() -> dict[str, str]:
     """Names of the GPUs this process used; empty when torch or CUDA was never started here."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is None or not cuda.is_initialized():
         return {}
-    return {"env.gpus": ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))}
+    try:
+        return {"env.gpus": ", ".join(cuda.get_device_name(index) for index in range(cuda.device_count()))}
+    except RuntimeError:
+        return {}  # A GPU that failed is the stage's error, not one of the log.

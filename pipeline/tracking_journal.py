@@ -27,7 +27,7 @@ FOLDER = ".tracking"
 
 @contextmanager
 def file_lock(path: Path, seconds: float) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. Raises TimeoutError after `seconds`; file systems without locks are let through."""
+    """Hold an exclusive lock on `path`; TimeoutError after `seconds`. File systems without locks are let through."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as handle:
         deadline = time.monotonic() + seconds
@@ -91,7 +91,8 @@ class Journal:
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one event. Raises OSError when the disk refuses."""
-        os.write(self._handle, json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        line = json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n"
+        os.write(self._handle, line.encode("utf-8", "replace"))
 
     def close(self) -> None:
         """Give the lock back."""
@@ -101,10 +102,12 @@ class Journal:
 def stage_files(source: Path, folder: Path) -> Path:
     """Put a file or folder beside the journal until it is delivered; returns its new place, named like the source.
 
-    Hard links cost nothing and keep the logged content when the source is replaced or removed; where the file system has
-    none, files are copied. Raises OSError.
+    Hard links cost nothing and keep the logged content when the source is replaced or removed; where the file system
+    has none, files are copied. Raises OSError.
     """
     target = folder / source.name
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
     files = [(path, target / path.relative_to(source)) for path in sorted(source.rglob("*")) if path.is_file()]
     for path, copy in files if source.is_dir() else [(source, target)]:
         copy.parent.mkdir(parents=True, exist_ok=True)

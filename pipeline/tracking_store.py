@@ -1,4 +1,4 @@
-"""Deliver the events of a journal to MLflow: read on from the last delivered byte, find or create the runs, send batches.
+"""Deliver the events of a journal to MLflow: read on from the last delivered byte, find or create runs, send batches.
 
 Runs are found by our own tags, so a journal can be delivered by the process that wrote it or days later; delivering an
 event twice changes nothing. What a living store refuses is put aside and does not hold up the rest.
@@ -17,11 +17,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import TrackingError
-from pipeline.files import atomic_write, project_root
-from pipeline.tracking_journal import FOLDER, Journal, file_lock
+from pipeline.files import atomic_write
+from pipeline.tracking_journal import FOLDER, file_lock
 
-__all__ = ["Deliverer", "cleaned_key", "default_uri", "resolve_uri", "sync"]
+__all__ = ["Deliverer", "cleaned_key", "default_uri", "resolve_uri"]
 
 MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_KEY = 1000, 100, 6000, 250
 SQLITE_WAIT_SECONDS = 1.0
@@ -34,6 +33,7 @@ CLIENT_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -72,7 +72,8 @@ def _connect(uri: str) -> Any:
 class Deliverer:
     """The reading side of one journal: sends what lies behind the last delivered byte.
 
-    `live` says that the run is going on now; a late delivery leaves the state of the parent alone if newer stages set it.
+    `live` says that the run is going on now; a late delivery leaves the state of the parent alone if newer stages set
+    it.
     """
 
     def __init__(self, journal: Path, root: Path, *, live: bool, uri: str | None = None) -> None:
@@ -82,7 +83,8 @@ class Deliverer:
         self._known: dict[str, dict[str, str]] = {}
         self._state_path = journal.with_suffix(".state")
         self._refused_path = journal.with_suffix(".refused")
-        self.state: dict[str, Any] = {"offset": 0, "run": "", "parent": "", "uri": "", "ended": False, "t": 0, "failed": [0, 0]}
+        self.state: dict[str, Any] = {"offset": 0, "run": "", "parent": "", "uri": "", "ended": False, "t": 0}
+        self.state["failed"] = [0, 0]
         try:
             self.state.update(json.loads(self._state_path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -90,7 +92,7 @@ class Deliverer:
         self.refused = 0
 
     def deliver(self) -> int:
-        """Send everything that is pending; returns the number of events. Any exception means: stopped there, try later."""
+        """Send everything that is pending; returns the number of events. On an exception, try later."""
         pending = list(self._pending())
         done = 0
         try:
@@ -145,7 +147,8 @@ class Deliverer:
         except Exception as error:
             count = self.state["failed"][1] + 1 if self.state["failed"][0] == offset else 1
             self.state["failed"] = [offset, count]
-            permanent = getattr(error, "error_code", "") in PERMANENT or isinstance(error, (FileNotFoundError, TypeError))
+            code = getattr(error, "error_code", "")
+            permanent = code in PERMANENT or isinstance(error, (FileNotFoundError, TypeError))
             if events[0]["op"] == "open" or not (permanent or (count >= REFUSED_AFTER and self._alive())):
                 raise
             with open(self._refused_path, "a", encoding="utf-8") as out:
@@ -191,15 +194,14 @@ class Deliverer:
         with file_lock(self.root / FOLDER / "create.lock", LOCK_WAIT_SECONDS):
             experiment = self._experiment(event["experiment"])
             parent = self._find(experiment, EXECUTION, event["parent"])
-            parent_id = parent.info.run_id if parent else self._create(experiment, event, event["parent"]["tags"], "parent")
+            parent_id = parent.info.run_id if parent else self._create(experiment, event, "parent", {})
             run = self._find(experiment, RUN_KEY, event["run"])
             session = event["run"]["tags"][SESSION]
             again = run is not None and run.info.status == "FINISHED" and run.data.tags.get(SESSION) != session
             if run is None or again:
                 # A finished stage that runs again gets a run of its own: two curves in one plot would mislead.
-                tags = {**event["run"]["tags"], "mlflow.parentRunId": parent_id}
                 event = {**event, "run": {**event["run"], "name": event["run"]["name"] + (" (again)" if again else "")}}
-                run_id = self._create(experiment, event, tags, "run")
+                run_id = self._create(experiment, event, "run", {"mlflow.parentRunId": parent_id})
             else:
                 run_id = run.info.run_id
                 client.set_tag(run_id, SESSION, session)
@@ -230,16 +232,16 @@ class Deliverer:
         found = self.client().search_runs([experiment], query, max_results=1, order_by=["attributes.start_time DESC"])
         return found[0] if found else None
 
-    def _create(self, experiment: str, event: Mapping[str, Any], tags: Mapping[str, str], which: str) -> str:
-        run = self.client().create_run(experiment, start_time=event["t"], tags=dict(tags), run_name=event[which]["name"])
-        return run.info.run_id
+    def _create(self, experiment: str, event: Mapping[str, Any], which: str, more: Mapping[str, str]) -> str:
+        name, tags = event[which]["name"], {**event[which]["tags"], **more}
+        return self.client().create_run(experiment, start_time=event["t"], tags=tags, run_name=name).info.run_id
 
     def _on_params(self, events: list[dict[str, Any]]) -> None:
         for event in events:
             self._params(self._target(event), event["params"])
 
     def _params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Log new parameters; equal ones are skipped, and a changed one becomes a tag since MLflow refuses the change."""
+        """Log new parameters; equal ones are skipped, a changed one becomes a tag since MLflow refuses the change."""
         from mlflow.entities import Param
 
         client = self.client()
@@ -331,45 +333,3 @@ def _cut(value: str) -> str:
     """A value of at most 6000 characters, with a note where it was cut."""
     note = f" ... (cut from {len(value)} characters)"
     return value if len(value) <= MAX_VALUE else value[: MAX_VALUE - len(note)] + note
-
-
-def sync(root: Path | None = None, *, uri: str | None = None) -> dict[str, Any]:
-    """Deliver every journal under `<root>/.tracking` that no living process writes, and remove what was delivered.
-
-    Args:
-        root: the project folder; None means `project_root()`.
-        uri: the store; None means the one each journal was meant for.
-
-    Returns:
-        `{"runs": delivered journals, "events": delivered events, "in_use": journals of living processes,
-        "refused": events the store will not take}`.
-
-    Raises:
-        TrackingError: when a store could not be reached; says how many journals are kept.
-    """
-    root = (root or project_root()).resolve()
-    summary = {"runs": 0, "events": 0, "in_use": 0, "refused": 0}
-    kept: list[str] = []
-    for path in sorted((root / FOLDER).glob("*.jsonl"), key=lambda file: file.stat().st_mtime):
-        journal = Journal.lock(path)
-        if journal is None:
-            summary["in_use"] += 1
-            continue
-        deliverer = Deliverer(path, root, live=False, uri=uri)
-        try:
-            summary["events"] += deliverer.deliver()
-            deliverer.abandon(deliverer.state["t"])
-            refused = deliverer.finish()
-            summary["refused"] += refused
-            summary["runs"] += not refused
-        except Exception as error:
-            place = resolve_uri(uri or deliverer.state["uri"], root)
-            kept.append(f"{path.name}: {type(error).__name__} at {place.rsplit('@', 1)[-1]}")
-        finally:
-            journal.close()
-    if kept:
-        raise TrackingError(
-            f"{len(kept)} journal(s) under {root / FOLDER} could not be delivered and are kept; {summary['runs']} were "
-            "delivered. Check that the store answers and repeat: sonoscope sync\n  " + "\n  ".join(kept)
-        )
-    return summary

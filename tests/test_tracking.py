@@ -1,4 +1,4 @@
-"""MLflow tracking: two levels, nothing lost when the store is away, nothing that identifies, never in the way of training."""
+"""MLflow tracking: two levels, nothing lost when the store is away, nothing that identifies, never in the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr("pipeline.tracking_store.SQLITE_WAIT_SECONDS", 0.2)
     for name in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI", "RANK"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -104,14 +106,13 @@ def test_levels__one_parent_and_named_children(root: Path, monkeypatch: pytest.M
 
 def test_execution__other_parameters_another_parent_but_launch_does_not_count(root: Path) -> None:
     first = make_config()
-    keys = []
-    for config in (
+    configs = (
         first,
         first.model_copy(update={"finetune": first.finetune.model_copy(update={"epochs": 3})}),
         first.model_copy(update={"launch": first.launch.model_copy(update={"processes": 2})}),
         first.model_copy(update={"data": first.data.model_copy(update={"pseudonym_key": "another"})}),
-    ):
-        keys.append(open_tracker(config, "split").execution)
+    )
+    keys = [open_tracker(config, "split").execution for config in configs]
     assert keys[0] == keys[2] == keys[3] != keys[1]
 
 
@@ -142,7 +143,11 @@ def test_status__failed_keeps_the_class_and_not_the_message(root: Path) -> None:
     with pytest.raises(ValueError, match="Anna"):
         with open_tracker(make_config(), "extract"):
             raise ValueError("Anna Meyer.avi is broken")
-    parent, run = runs(root)
+    with pytest.raises(SystemExit):
+        with open_tracker(make_config(), "split"):
+            sys.exit(2)
+    assert runs(root)[2].info.status == "FAILED"
+    parent, run, _ = runs(root)
     assert (parent.info.status, run.info.status) == ("FAILED", "FAILED")
     assert run.data.tags["failed.with"] == "ValueError"
     assert b"Anna" not in (root / "mlflow.db").read_bytes()
@@ -166,39 +171,33 @@ def test_restart__a_killed_stage_continues_its_run_and_a_finished_one_gets_anoth
 
 
 PROCESS = """
-import os, signal, sys, time
+import sys, time
 from pathlib import Path
 from pipeline.config import Config
 from pipeline.tracking import open_tracker
 config = Config.model_validate({"methods": {"ucl": {}}, "tracking": {"flush_seconds": 0.05}})
 with open_tracker(config, sys.argv[1]) as tracker:
     tracker.log_metrics({"loss": 1.0}, step=3)
-    if sys.argv[2] == "wait":
-        tracker.flush()
-        Path("ready-" + sys.argv[1]).touch()
-        time.sleep(60)
+    tracker.flush()
+    Path("ready-" + sys.argv[1]).touch()
+    time.sleep(60)
 """
 
 
-def start(stage: str, mode: str) -> subprocess.Popen:
+def start(stage: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen([sys.executable, "-c", PROCESS, stage, mode], env=environment)
+    return subprocess.Popen([sys.executable, "-c", PROCESS, stage], env=environment)
 
 
-def test_processes__two_that_start_together_share_one_parent_and_a_fresh_store(root: Path) -> None:
-    (root / "mlflow.db").unlink()
-    started = [start("extract", "end"), start("split", "end")]
-    assert [process.wait(60) for process in started] == [0, 0]
-    parent, *children = runs(root)
-    assert sorted(run.info.run_name for run in children) == ["extract", "split"]
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-
-
-def test_signals__terminated_and_killed_processes_end_as_killed(root: Path) -> None:
-    processes = {"extract": start("extract", "wait"), "split": start("split", "wait")}
+def test_processes__started_together_share_one_parent_and_end_as_killed(root: Path) -> None:
+    (root / "mlflow.db").unlink()  # Creating the store is part of the race.
+    processes = {stage: start(stage) for stage in ("extract", "split")}
     deadline = time.monotonic() + 60
     while not all((root / f"ready-{stage}").exists() for stage in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
+    parent, *children = runs(root)
+    assert sorted(run.info.run_name for run in children) == ["extract", "split"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert sync(root)["in_use"] == 2
     processes["extract"].send_signal(signal.SIGTERM)
     processes["split"].kill()
@@ -231,7 +230,9 @@ def assert_all_arrived(root: Path) -> None:
     assert journals(root) == [] and not list((root / ".tracking/files").glob("*"))
 
 
-def test_locked_store__the_loop_ends_in_time_and_sync_delivers_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_locked_store__the_loop_ends_in_time_and_sync_delivers_once(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = sqlite3.connect(root / "mlflow.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     assert train_while_away(root, make_config()) < 10
@@ -248,8 +249,34 @@ def test_locked_store__the_loop_ends_in_time_and_sync_delivers_once(root: Path, 
     assert sync(root) == {"runs": 0, "events": 0, "in_use": 0, "refused": 0}
 
 
-def test_unreachable_server__the_loop_ends_in_time_and_sync_delivers_elsewhere(root: Path) -> None:
-    assert train_while_away(root, make_config(uri="http://127.0.0.1:9")) < 15
+def test_lock_midway__what_came_before_and_after_ends_in_one_run(root: Path) -> None:
+    other = sqlite3.connect(root / "mlflow.db", isolation_level=None)
+    with open_tracker(make_config(), "pretrain") as tracker:
+        tracker.log_metrics({"loss": 3.0}, step=0)
+        assert tracker.flush()
+        other.execute("BEGIN EXCLUSIVE")
+        tracker.log_metrics({"loss": 2.0}, step=1)
+        assert not tracker.flush()
+        tracker.log_metrics({"loss": 1.0}, step=2)
+    other.execute("ROLLBACK")
+    other.close()
+    assert sync(root)["runs"] == 1
+    parent, run = runs(root)
+    assert [point.value for point in client(root).get_metric_history(run.info.run_id, "loss")] == [3.0, 2.0, 1.0]
+    assert run.info.status == parent.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("server", ["closed", "silent"])
+def test_unreachable_server__the_loop_ends_in_time_and_sync_delivers_elsewhere(
+    root: Path, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if server == "silent":
+            listener.listen(8)
+        assert train_while_away(root, make_config(uri=f"http://127.0.0.1:{listener.getsockname()[1]}")) < 15
     assert json.loads((root / "reports/runs/pretrain-fold0.json").read_text())["run_id"] == ""
     sync(root, uri=f"sqlite:///{root / 'mlflow.db'}")
     assert_all_arrived(root)
@@ -293,7 +320,7 @@ def test_store__holds_nothing_that_identifies(root: Path) -> None:
 
 
 def test_import__neither_mlflow_nor_torch(root: Path) -> None:
-    code = "import sys, pipeline.tracking; print([name for name in ('mlflow', 'torch', 'pandas') if name in sys.modules])"
+    code = "import sys, pipeline.tracking; print([m for m in ('mlflow', 'torch', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -355,6 +382,14 @@ def test_link_skipped__names_the_old_run_and_repeats_its_metrics(root: Path) -> 
     assert parent.info.run_id != rows[1]["parent_id"]
     assert parent.data.tags["linked.pretrain-fold-0"] == rows[1]["run_id"] == pretrain.run_id != ""
     assert parent.data.metrics["linked.pretrain-fold-0.knn"] == 0.8
+
+
+def test_empty_folder__is_an_artifact_without_trouble(root: Path) -> None:
+    (root / "empty").mkdir()
+    with open_tracker(make_config(), "extract") as tracker:
+        tracker.log_artifact(root / "empty")
+        tracker.status = "KILLED"
+    assert journals(root) == [] and runs(root)[1].info.status == "KILLED"
 
 
 def test_names__items_in_both_spellings() -> None:
