@@ -104,8 +104,8 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
+    import os
     import shlex
-    import subprocess
 
     from pipeline.config import load_config
     from pipeline.tracking import tracking_uri
@@ -116,12 +116,13 @@ def _ui(arguments: argparse.Namespace) -> int:
         return 0
     # 127.0.0.1: the page shows runs on medical data and has no password.
     words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    words += ["--host", "127.0.0.1", "--port", str(arguments.port)]
+    words += ["--host", "127.0.0.1", "--port", str(arguments.port), "--workers", "1"]
     if arguments.print:
         print(shlex.join(["mlflow", *words[3:]]))
         return 0
     print(f"MLflow at http://127.0.0.1:{arguments.port} (Ctrl-C ends it)", flush=True)
-    return subprocess.call(words)
+    # In place of this process, so that Ctrl-C and signals reach the server itself.
+    os.execv(words[0], words)
 
 
 def _parser() -> argparse.ArgumentParser:
