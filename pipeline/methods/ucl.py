@@ -212,27 +212,35 @@ class UCL(Method):
         with torch.set_grad_enabled(not cross_only and not prefix):
             return self.encode(images.flatten(0, 1), prefix).unflatten(0, images.shape[:2])
 
-    def step(self, batch: ClipBatch, progress: Progress) -> StepOutput:
-        """The order matters (specification 5.3): negatives, bank, anchors, keys, loss."""
+    def logits(self, batch: ClipBatch, progress: Progress) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Logits [B, 2] (cross-only phase) or [B, n + 2], column 0 correct, and metrics; writes the bank.
+
+        The order matters (it decides batch-norm statistics and the bank's content): negatives, bank, anchors, keys.
+        """
         params, cross_only = self.params, self.cross_only(progress.epoch)
         negatives = self._embed_negatives(batch, cross_only)
         videos = distributed.all_gather_rows(batch.video.repeat_interleave(params.num_negatives))
         self.bank.write(distributed.all_gather_rows(negatives.flatten(0, 1)), videos, params.bank_overflow)
         q = self.encode(batch.frames["anchor"].flatten(0, 1))
         positive = self._embed_positives(batch, progress)
+        allowed = self.bank.allowed(
+            batch.video, exclude_own=params.bank_exclude_own_video, mask_unwritten=params.bank_mask_unwritten
+        )
         z_hat, rows, exists = losses.cross_video_negative(
-            q, self.bank.rows, support=params.support_size, temperature=params.mixing_temperature,
-            allowed=self.bank.allowed(
-                batch.video, exclude_own=params.bank_exclude_own_video, mask_unwritten=params.bank_mask_unwritten
-            ),
+            q, self.bank.rows, support=params.support_size, temperature=params.mixing_temperature, allowed=allowed,
             mode=params.cross_negative,
         )
         logits = losses.ucl_logits(q, positive, None if cross_only else negatives, z_hat, params.temperature, exists)
+        own = (self.bank.videos[rows] == batch.video[:, None]).float()
         metrics = {
             "accuracy": (logits.argmax(1) == 0).float().mean(),
             "positive_similarity": (q * positive).sum(1).mean().detach(),
             "intra_negative_similarity": torch.einsum("bd,bnd->bn", q, negatives).mean().detach(),
             "cross_negative_similarity": (q * z_hat).sum(1).mean().detach(),
-            "own_video_support": (self.bank.videos[rows] == batch.video[:, None]).float().mean() if rows.numel() else torch.zeros(()),
+            "own_video_support": own.mean() if own.numel() else own.sum(),
         }
+        return logits, metrics
+
+    def step(self, batch: ClipBatch, progress: Progress) -> StepOutput:
+        logits, metrics = self.logits(batch, progress)
         return StepOutput(losses.first_column_cross_entropy(logits), metrics)

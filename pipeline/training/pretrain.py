@@ -36,7 +36,7 @@ from pipeline.training.inputs import PretrainInputs
 from pipeline.training.monitor import Monitor, Throughput, epoch_line
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 
-__all__ = ["Pretraining", "initial_backbone", "pick_device"]
+__all__ = ["Pretraining", "StepModule", "initial_backbone", "pick_device"]
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -61,7 +61,7 @@ def initial_backbone(config: Config) -> tuple[nn.Module, int, KeyReport | None]:
     return backbone, features, load_trunk(backbone, read_state_dict(path), path.name)
 
 
-class _Step(nn.Module):
+class StepModule(nn.Module):
     """What DistributedDataParallel wraps: all networks of the method, with the whole step as one forward pass."""
 
     def __init__(self, method: Method) -> None:
@@ -126,7 +126,7 @@ class Pretraining:
             method.networks["backbone"].compile()
         method.networks.train()
         self.optimizer = build_optimizer(params.optimizer, method.networks.parameters())
-        self.step_module: nn.Module = _Step(method)
+        self.step_module: nn.Module = StepModule(method)
         if distributed.world_size() > 1:
             self.step_module = DistributedDataParallel(
                 self.step_module, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
