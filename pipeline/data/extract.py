@@ -85,7 +85,9 @@ def extraction_fingerprint(params: ExtractParams) -> str:
 def _start_worker() -> None:
     """Set up a worker: one thread, a silent end on Ctrl-C, and no life after the parent's death."""
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A job in the background of a shell ignores Ctrl-C as a whole; its workers must not die of it alone.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # A killed parent cannot tell its workers; without this they would wait for tasks for ever.
