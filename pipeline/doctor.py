@@ -182,14 +182,22 @@ def _journals(root: Path) -> list[Check]:
                   "sonoscope sync")]
 
 
+def _guarded(name: str, probe: Callable[..., list[Check]], *arguments: object) -> list[Check]:
+    """The checks of one probe; one that fails itself is a line of the report, for the others matter then all the more."""
+    try:
+        return probe(*arguments)
+    except Exception as error:
+        return [Check(name, "problem", f"the check itself failed: {type(error).__name__}: {error}", "make install")]
+
+
 def project_checks(root: Path) -> list[Check]:
     """Checks of the project in `root`: parameters, data, git, DVC, MLflow store. Writes nothing."""
     config, checks = _params(root)
     if config is not None:
-        checks += _data(config, root)
-    checks += [*_git(root), *_dvc(root)]
+        checks += _guarded("data.source", _data, config, root)
+    checks += [*_guarded("git", _git, root), *_guarded("dvc", _dvc, root)]
     if config is not None:
-        checks += _store(config, root)
+        checks += _guarded("mlflow store", _store, config, root)
     return checks + _journals(root)
 
 
@@ -219,7 +227,8 @@ def run_doctor(*, as_json: bool = False, probes: tuple[Callable[[Path], list[Che
         probes: what to check, each a function of the project folder; None means machine and project.
     """
     root = project_root().resolve()
-    checks = [check for probe in probes or (machine_checks, project_checks) for check in probe(root)]
+    probes = probes or (machine_checks, project_checks)
+    checks = [check for probe in probes for check in _guarded(probe.__name__.replace("_", " "), probe, root)]
     checks = [replace(check, found=without_names(check.found), todo=without_names(check.todo)) for check in checks]
     problems = sum(check.status == "problem" for check in checks)
     warnings = sum(check.status == "warning" for check in checks)

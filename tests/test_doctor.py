@@ -110,6 +110,15 @@ def test_project_checks__no_repository_and_no_identity(project: Path, monkeypatc
     assert _by_name(project_checks(project))["git"].status == "problem"
 
 
+def test_run_doctor__a_check_that_fails_is_a_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def torn(root: Path) -> list[Check]:
+        raise OSError("disk gone")
+
+    assert run_doctor(probes=(torn, project_checks)) == 1
+    text = capsys.readouterr().out
+    assert "disk gone" in text and "params.yaml" in text and "1 problem(s)" in text
+
+
 def test_report__names_nobody(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: "marlene")
     monkeypatch.setattr("socket.gethostname", lambda: "echo-lab7.example.org")
