@@ -32,11 +32,13 @@ $(RUN):
 	done; \
 	if [ -z "$$found" ]; then \
 	    echo "No Python 3.10 to 3.13 found (tried: $(or $(PYTHON),$(CANDIDATES)))." >&2; \
-	    echo "Install one (python.org, your system's packages, conda), then: make install PYTHON=/path/to/python3.12" >&2; \
+	    echo "Install one (python.org, your system's packages, conda), then:" >&2; \
+	    echo "    make install PYTHON=/path/to/python3.12" >&2; \
 	    exit 1; \
 	fi; \
 	if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
-	    echo "$$found has no venv module. On Debian or Ubuntu an administrator installs it with: apt-get install python3-venv" >&2; \
+	    echo "$$found has no venv module; an administrator of Debian or Ubuntu installs it with:" >&2; \
+	    echo "    apt-get install python3-venv" >&2; \
 	    exit 1; \
 	fi; \
 	echo "Making $(VENV) with $$("$$found" --version)"; \
@@ -44,7 +46,7 @@ $(RUN):
 
 # Order-only: the interpreter's own date must not make the stamp old.
 $(STAMP): requirements.lock requirements-headless.lock pyproject.toml | $(RUN)
-	@echo "Installing the locked packages into $(VENV); with torch and its GPU libraries these are several GB the first time"
+	@echo "Installing the locked packages into $(VENV) (torch and its GPU libraries: several GB the first time)"
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip >/dev/null
 	@test -t 1 || quiet=--quiet; \
 	$(PIP) install $$quiet --require-hashes -r requirements.lock
@@ -64,7 +66,8 @@ $(STAMP): requirements.lock requirements-headless.lock pyproject.toml | $(RUN)
 
 demo: install
 	@command -v git >/dev/null || { echo "git is not installed; DVC needs it." >&2; exit 1; }
-	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "No git repository here; making one (git init), DVC needs it"; git init --quiet; }
+	@git rev-parse --git-dir >/dev/null 2>&1 || \
+	    { echo "No git repository here; making one (git init), DVC needs it"; git init --quiet; }
 	@echo "Running the pipeline: dvc repro (what is up to date is skipped)"
 	@$(WITH_VENV) dvc repro
 	@echo
@@ -81,10 +84,11 @@ lock: $(RUN)
 	@UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv pip compile pyproject.toml --extra test --universal --generate-hashes \
 	    --no-emit-index-url --python-version 3.10 --upgrade --quiet -o requirements.lock
 	@version=$$(sed -n 's/^opencv-python==\([^ ;]*\).*/\1/p' requirements.lock); \
-	{ echo "# opencv-python without its window functions, for systems that have no libGL; \`make install\` takes it only there."; \
+	{ echo "# opencv-python without its window functions: taken by \`make install\` where the system has no libGL."; \
 	  echo "# Compiled by: make lock"; \
-	  echo "opencv-python-headless==$$version" | UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv pip compile - --universal --no-deps \
-	      --generate-hashes --no-emit-index-url --python-version 3.10 --no-header --no-annotate --quiet; \
+	  echo "opencv-python-headless==$$version" | \
+	      UV_PYTHON_DOWNLOADS=never $(VENV)/bin/uv pip compile - --universal --no-deps --generate-hashes \
+	      --no-emit-index-url --python-version 3.10 --no-header --no-annotate --quiet; \
 	} > requirements-headless.lock
 	@echo "Compiled requirements.lock and requirements-headless.lock; 'make test' installs and tests them"
 

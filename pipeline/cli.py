@@ -112,7 +112,7 @@ def _ui(arguments: argparse.Namespace) -> int:
 
     uri = tracking_uri(load_config(arguments.params))
     if uri.startswith(("http://", "https://", "databricks")):
-        print(f"The runs are on the tracking server {uri}; open it in a browser.")
+        print(f"The runs are on the tracking server {uri.rsplit('@')[-1]}; open it in a browser.")
         return 0
     # 127.0.0.1: the page shows runs on medical data and has no password.
     words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of the `sonoscope` command; `argv` without the program name, default `sys.argv[1:]`. Returns the exit code."""
+    """Entry of the `sonoscope` command; `argv` (default `sys.argv[1:]`) is what follows it. Returns the exit code."""
     arguments = _parser().parse_args(argv)
     code = 0
 

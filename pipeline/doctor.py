@@ -76,8 +76,12 @@ def _git(root: Path) -> list[Check]:
     checks = [Check("git", "ok", f"commit {revision}, " + (f"{changed} changed file(s)" if changed else "clean"))]
     if any(_run(["git", "config", f"user.{key}"], root)[0] for key in ("name", "email")):
         checks.append(
-            Check("git identity", "warning", "user.name or user.email is not set, without which 'dvc exp run' stops",
-                  "git config user.name NAME && git config user.email ADDRESS")
+            Check(
+                "git identity",
+                "warning",
+                "user.name or user.email is not set, without which 'dvc exp run' stops",
+                "git config user.name NAME && git config user.email ADDRESS",
+            )
         )
     return checks
 
@@ -93,7 +97,9 @@ def _dvc(root: Path) -> list[Check]:
         return [Check("dvc", "problem", "dvc.lock is ignored by git, which DVC refuses", "take it out of .gitignore")]
     code, text = _run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], root)
     if code != 0:
-        return [Check("dvc", "problem", f"{version}; {text}", "mend dvc.yaml or params.yaml; 'dvc stage list' says more")]
+        return [
+            Check("dvc", "problem", f"{version}; {text}", "mend dvc.yaml or params.yaml; 'dvc stage list' says more")
+        ]
     return [Check("dvc", "ok", f"{version}, {len(text.splitlines())} stages")]
 
 
@@ -102,8 +108,12 @@ def _params(root: Path) -> tuple[Config | None, list[Check]]:
         config = load_config(root / "params.yaml")
     except ConfigError as error:
         lines = str(error).replace(f"{root}/", "").splitlines()
-        return None, [Check("params.yaml", "problem", " | ".join(line.strip() for line in lines), "mend the keys named")]
-    return config, [Check("params.yaml", "ok", f"valid; method {config.pretrain.method}, {len(config.split.folds)} folds")]
+        return None, [
+            Check("params.yaml", "problem", " | ".join(line.strip() for line in lines), "mend the keys named")
+        ]
+    return config, [
+        Check("params.yaml", "ok", f"valid; method {config.pretrain.method}, {len(config.split.folds)} folds")
+    ]
 
 
 def _data(config: Config, root: Path) -> list[Check]:
@@ -121,8 +131,12 @@ def _data(config: Config, root: Path) -> list[Check]:
             checks.append(Check(key, "problem", f"{text}: empty", "put the videos there, or name another folder"))
         elif text != "data/phantom" and not Path(text).is_absolute() and not _travels(folder, root):
             checks.append(
-                Check(key, "warning", f"{text}: here, but a queued DVC experiment works on a copy without it",
-                      f"give the absolute path in params.yaml, or: dvc add {text} and commit the .dvc file")
+                Check(
+                    key,
+                    "warning",
+                    f"{text}: here, but a queued DVC experiment works on a copy without it",
+                    f"give the absolute path in params.yaml, or: dvc add {text} and commit the .dvc file",
+                )
             )
         else:
             checks.append(Check(key, "ok", f"{text}: here"))
@@ -149,13 +163,25 @@ def _store(config: Config, root: Path) -> list[Check]:
                 answer.read(16)
         except (urllib.error.URLError, OSError, ValueError) as error:
             reason = type(getattr(error, "reason", error)).__name__
-            return [Check("mlflow store", "warning", f"a server, which does not answer ({reason})",
-                          "start it or mend MLFLOW_TRACKING_URI; runs go on without it, 'sonoscope sync' delivers later")]
+            return [
+                Check(
+                    "mlflow store",
+                    "warning",
+                    f"a server, which does not answer ({reason})",
+                    "start it or mend MLFLOW_TRACKING_URI; runs go on without it, 'sonoscope sync' delivers later",
+                )
+            ]
         return [Check("mlflow store", "ok", "a server, which answers")]
     kind = uri.split(":", 1)[0]
     if kind == "file" or ":" not in uri:
-        return [Check("mlflow store", "problem", "a folder of files, which MLflow 3 does not take",
-                      "tracking.uri: null for the SQLite store of the project")]
+        return [
+            Check(
+                "mlflow store",
+                "problem",
+                "a folder of files, which MLflow 3 does not take",
+                "tracking.uri: null for the SQLite store of the project",
+            )
+        ]
     return [Check("mlflow store", "ok", f"a {kind} store (not opened)")]
 
 
@@ -164,13 +190,19 @@ def _sqlite_store(path: Path, root: Path) -> Check:
     if not path.exists():
         if path.parent.is_dir():
             return Check("mlflow store", "ok", f"{place}: made by the first run")
-        return Check("mlflow store", "problem", f"{place}: its folder does not exist", "make the folder, or set tracking.uri")
+        return Check(
+            "mlflow store", "problem", f"{place}: its folder does not exist", "make the folder, or set tracking.uri"
+        )
     try:
         with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5) as store:
             count = store.execute("select count(*) from runs").fetchone()[0]
     except sqlite3.Error as error:
-        return Check("mlflow store", "problem", f"{place}: {error}",
-                     "move the file away; the next run makes a new one, and 'sonoscope sync' delivers what is in .tracking")
+        return Check(
+            "mlflow store",
+            "problem",
+            f"{place}: {error}",
+            "move the file away; the next run makes a new one, and 'sonoscope sync' delivers what is in .tracking",
+        )
     return Check("mlflow store", "ok", f"{place}: opens, {count} runs")
 
 
@@ -178,12 +210,18 @@ def _journals(root: Path) -> list[Check]:
     waiting = len(list((root / ".tracking").glob("*.jsonl")))
     if not waiting:
         return []
-    return [Check("mlflow delivery", "warning", f"{waiting} run(s) not or not fully delivered (or still running)",
-                  "sonoscope sync")]
+    return [
+        Check(
+            "mlflow delivery",
+            "warning",
+            f"{waiting} run(s) not or not fully delivered (or still running)",
+            "sonoscope sync",
+        )
+    ]
 
 
 def _guarded(name: str, probe: Callable[..., list[Check]], *arguments: object) -> list[Check]:
-    """The checks of one probe; one that fails itself is a line of the report, for the others matter then all the more."""
+    """The checks of one probe; one that fails itself becomes a line of the report instead of ending it."""
     try:
         return probe(*arguments)
     except Exception as error:
@@ -233,7 +271,12 @@ def run_doctor(*, as_json: bool = False, probes: tuple[Callable[[Path], list[Che
     problems = sum(check.status == "problem" for check in checks)
     warnings = sum(check.status == "warning" for check in checks)
     if as_json:
-        report = {"schema": 1, "checks": [asdict(check) for check in checks], "problems": problems, "warnings": warnings}
+        report = {
+            "schema": 1,
+            "checks": [asdict(check) for check in checks],
+            "problems": problems,
+            "warnings": warnings,
+        }
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         print(_table(checks, shutil.get_terminal_size((140, 24)).columns))

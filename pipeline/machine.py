@@ -102,7 +102,7 @@ def _probe(code: str, *arguments: str, seconds: float) -> tuple[dict[str, Any] |
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
-    """Package to exact version of a compiled lock, for this Python and system (lines whose marker does not hold are left out)."""
+    """Package to exact version of a compiled lock, for this Python and system: other markers are left out."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -150,7 +150,9 @@ def _packages(root: Path) -> list[Check]:
     if different:
         checks.append(
             Check(
-                "packages", "warning", f"{same} as locked; not as locked: {', '.join(different)}",
+                "packages",
+                "warning",
+                f"{same} as locked; not as locked: {', '.join(different)}",
                 "make install gives the locked versions; others may work, but results may differ",
             )
         )
@@ -167,7 +169,9 @@ def _torch() -> list[Check]:
     if facts is None:
         return [
             Check(
-                "torch", "problem", f"torch and torchvision do not work together: {wrong}",
+                "torch",
+                "problem",
+                f"torch and torchvision do not work together: {wrong}",
                 "make install; torch and torchvision must come from the same place and be a matching pair",
             )
         ]
@@ -177,17 +181,24 @@ def _torch() -> list[Check]:
         text = "; ".join(f"{d['name']} {d['free'] / GIB:.0f} of {d['total'] / GIB:.0f} GiB free" for d in devices)
         checks.append(Check("gpu", "ok", text))
         checks.append(
-            Check("bfloat16", "ok", "native on the GPU") if facts["bf16"]
+            Check("bfloat16", "ok", "native on the GPU")
+            if facts["bf16"]
             else Check("bfloat16", "ok", "not native on this GPU; pretrain.precision auto uses float32")
         )
     elif _nvidia_present():
         build = f"torch is built for CUDA {facts['cuda_build']}" if facts["cuda_build"] else "torch is a CPU-only build"
         checks.append(
-            Check("gpu", "warning", f"an NVIDIA driver is here, but torch sees no GPU; {build}",
-                  "compare with the CUDA version that nvidia-smi shows; update the driver, or check CUDA_VISIBLE_DEVICES")
+            Check(
+                "gpu",
+                "warning",
+                f"an NVIDIA driver is here, but torch sees no GPU; {build}",
+                "compare with the CUDA version that nvidia-smi shows; update the driver, or check CUDA_VISIBLE_DEVICES",
+            )
         )
     elif facts["mps"]:
-        checks.append(Check("gpu", "ok", "Apple MPS is here; the stages use the CPU (launch.device: auto, cpu or cuda)"))
+        checks.append(
+            Check("gpu", "ok", "Apple MPS is here; the stages use the CPU (launch.device: auto, cpu or cuda)")
+        )
     else:
         checks.append(Check("gpu", "ok", "none; the CPU is used, in float32"))
     if not facts["gloo"]:
@@ -229,22 +240,43 @@ def _resources(root: Path) -> list[Check]:
     free = min(memory.available, total)
     checks = [
         Check("cpu", "ok", f"{_cores()} cores usable"),
-        Check("memory", "ok", f"{_gib(free)} of {_gib(total)} free") if free >= 2 * GIB
-        else Check("memory", "warning", f"{_gib(free)} of {_gib(total)} free",
-                   "lower pretrain.memory_budget_mb, batch_size and extract.workers"),
+        Check("memory", "ok", f"{_gib(free)} of {_gib(total)} free")
+        if free >= 2 * GIB
+        else Check(
+            "memory",
+            "warning",
+            f"{_gib(free)} of {_gib(total)} free",
+            "lower pretrain.memory_budget_mb, batch_size and extract.workers",
+        ),
     ]
-    for name, folder, little in (("disk", root, 5), ("scratch disk", root / ".scratch", 5), ("shared memory", Path("/dev/shm"), 0.25)):
+    for name, folder, little in (
+        ("disk", root, 5),
+        ("scratch disk", root / ".scratch", 5),
+        ("shared memory", Path("/dev/shm"), 0.25),
+    ):
         if not folder.exists():
             continue
         free = shutil.disk_usage(folder).free
         if free >= little * GIB:
             checks.append(Check(name, "ok", f"{_gib(free)} free"))
         elif name == "shared memory":
-            checks.append(Check(name, "warning", f"{_gib(free)} free in /dev/shm",
-                                "in a container: docker run --shm-size=2g; several processes a machine need it"))
+            checks.append(
+                Check(
+                    name,
+                    "warning",
+                    f"{_gib(free)} free in /dev/shm",
+                    "in a container: docker run --shm-size=2g; several processes a machine need it",
+                )
+            )
         else:
-            checks.append(Check(name, "warning" if free > GIB else "problem", f"{_gib(free)} free",
-                                "make room, or put the project on a larger disk; 'dvc gc --workspace' drops old results"))
+            checks.append(
+                Check(
+                    name,
+                    "warning" if free > GIB else "problem",
+                    f"{_gib(free)} free",
+                    "make room, or put the project on a larger disk; 'dvc gc --workspace' drops old results",
+                )
+            )
     return checks
 
 
@@ -253,16 +285,24 @@ def _opencv(folder: Path) -> list[Check]:
     facts, wrong = _probe(_OPENCV_PROBE, str(folder), seconds=60)
     if facts is None:
         if re.search(r"libGL|libgthread|libglib|libEGL|libxcb|libSM|libXext", wrong):
-            todo = ("make install (puts the headless wheel in its place), or as administrator: "
-                    "apt-get install libgl1 libglib2.0-0")
+            todo = (
+                "make install (puts the headless wheel in its place), or as administrator: "
+                "apt-get install libgl1 libglib2.0-0"
+            )
         else:
             todo = "make install"
         return [Check("opencv", "problem", wrong, todo)]
     checks = [Check("opencv", "ok", facts["version"])]
     bad = [f"{kind}: {count} of 5 frames" for kind, count in facts["read"].items() if count != 5]
     if bad:
-        checks.append(Check("codecs", "warning", "; ".join(bad),
-                            "this OpenCV cannot write or read these; make install gives one that can"))
+        checks.append(
+            Check(
+                "codecs",
+                "warning",
+                "; ".join(bad),
+                "this OpenCV cannot write or read these; make install gives one that can",
+            )
+        )
     else:
         checks.append(Check("codecs", "ok", f"{', '.join(facts['read'])} written and read back"))
     return checks

@@ -1,7 +1,7 @@
-"""Presets: named sets of parameters, one file `pipeline/presets/<name>.yaml` each (`description:` first, then nested keys).
+"""Presets: named sets of parameters, each a file `pipeline/presets/<name>.yaml` (`description:`, then nested keys).
 
-A preset becomes `-S key=value` words for `dvc exp run`, or an edit of params.yaml that keeps its comments. It holds only
-what it changes, and never a path of somebody's machine.
+A preset becomes `-S key=value` words for `dvc exp run`, or an edit of params.yaml that keeps its comments. It holds
+only what it changes, and never a path of somebody's machine.
 """
 
 from __future__ import annotations

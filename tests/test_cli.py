@@ -64,7 +64,9 @@ def test_import__is_light() -> None:
     )
     # Best of three: the machine may be busy.
     answers = [
-        json.loads(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        json.loads(
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        )
         for _ in range(3)
     ]
     assert min(seconds for seconds, _ in answers) < 0.15
@@ -75,7 +77,9 @@ def test_import__is_light() -> None:
 def test_check__names_what_is_wrong(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--params", str(params)]) == 0
     assert "valid" in capsys.readouterr().out
-    params.write_text(params.read_text(encoding="utf-8").replace("short_side: 128", "short_sied: 128"), encoding="utf-8")
+    params.write_text(
+        params.read_text(encoding="utf-8").replace("short_side: 128", "short_sied: 128"), encoding="utf-8"
+    )
     assert main(["check", "--params", str(params)]) == 2
     assert "Did you mean 'short_side'" in capsys.readouterr().err
 
@@ -103,7 +107,10 @@ def test_preset__every_one_is_valid_and_survives_the_shell(name: str, params: Pa
     # The shell expands $(...) to these words; no quotes, blanks or wild cards may act on the way.
     shown = subprocess.run(
         ["bash", "-c", 'printf "%s\\n" $(printf "%s" "$1")', "bash", " ".join(words)],
-        capture_output=True, text=True, check=True, cwd=params.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=params.parent,
     ).stdout.splitlines()
     assert shown == words
     assert write_preset(preset, params)
@@ -146,10 +153,24 @@ def test_write__refuses_what_is_not_valid_and_leaves_the_file(params: Path) -> N
 
 def test_overrides__forms_of_values() -> None:
     values = {
-        "a": None, "b": True, "c": 0.0001, "d": [1, "x", "true"], "e": {"k": ["convex"]}, "f": "it's,=", "g": {}, "h": "",
+        "a": None,
+        "b": True,
+        "c": 0.0001,
+        "d": [1, "x", "true"],
+        "e": {"k": ["convex"]},
+        "f": "it's,=",
+        "g": {},
+        "h": "",
     }
     assert as_overrides(Preset("p", "", values))[1::2] == [
-        "++a=null", "++b=true", "++c=0.0001", "++d=[1,x,'true']", "++e={k:[convex]}", "++f='it\\'s,='", "++g={}", "++h=''",
+        "++a=null",
+        "++b=true",
+        "++c=0.0001",
+        "++d=[1,x,'true']",
+        "++e={k:[convex]}",
+        "++f='it\\'s,='",
+        "++g={}",
+        "++h=''",
     ]
 
 

@@ -61,7 +61,10 @@ def test_project_checks__each_trouble_is_named_with_what_to_do(project: Path) ->
     (project / ".tracking" / "a.jsonl").write_text("{}\n", encoding="utf-8")
     found = _by_name(project_checks(project))
     assert {name: found[name].status for name in ("data.source", "mlflow store", "dvc", "mlflow delivery")} == {
-        "data.source": "problem", "mlflow store": "problem", "dvc": "problem", "mlflow delivery": "warning",
+        "data.source": "problem",
+        "mlflow store": "problem",
+        "dvc": "problem",
+        "mlflow delivery": "warning",
     }
     assert all(check.todo for check in found.values() if check.status != "ok")
 
@@ -88,7 +91,9 @@ def test_project_checks__store_is_opened_but_not_written(project: Path) -> None:
     assert (project / "mlflow.db").read_bytes() == before and not list(project.glob("mlflow.db-*"))
 
 
-def test_project_checks__server_that_does_not_answer_is_a_warning(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_project_checks__server_that_does_not_answer_is_a_warning(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
     check = _by_name(project_checks(project))["mlflow store"]
     assert check.status == "warning" and "secret" not in check.found + check.todo
@@ -119,13 +124,22 @@ def test_run_doctor__a_check_that_fails_is_a_line(project: Path, capsys: pytest.
     assert "disk gone" in text and "params.yaml" in text and "1 problem(s)" in text
 
 
-def test_report__names_nobody(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report__names_nobody(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: "marlene")
     monkeypatch.setattr("socket.gethostname", lambda: "echo-lab7.example.org")
     home = project.parent / "home"
 
     def gossip(root: Path) -> list[Check]:
-        return [Check("a", "warning", f"{home}/clips of marlene on echo-lab7: /data/marlene/x", "ask marlene@echo-lab7.example.org")]
+        return [
+            Check(
+                "a",
+                "warning",
+                f"{home}/clips of marlene on echo-lab7: /data/marlene/x",
+                "ask marlene@echo-lab7.example.org",
+            )
+        ]
 
     assert run_doctor(probes=(gossip, project_checks)) == 0
     text = capsys.readouterr().out
@@ -166,13 +180,21 @@ def test_opencv__missing_libgl_names_the_way_out(tmp_path: Path, monkeypatch: py
     message = "ImportError: libGL.so.1: cannot open shared object file: No such file or directory"
     monkeypatch.setattr(machine, "_OPENCV_PROBE", f"raise {message.split(':')[0]}({message.split(': ', 1)[1]!r})")
     (check,) = machine._opencv(tmp_path)
-    assert check.status == "problem" and "apt-get install libgl1 libglib2.0-0" in check.todo and "make install" in check.todo
+    assert (
+        check.status == "problem"
+        and "apt-get install libgl1 libglib2.0-0" in check.todo
+        and "make install" in check.todo
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [("import os; os.abort()", "signal 6"), ("import time; time.sleep(30)", "no answer"), ("raise ImportError('torn')", "torn"),
-     ("pass", "exit code 0")],
+    [
+        ("import os; os.abort()", "signal 6"),
+        ("import time; time.sleep(30)", "no answer"),
+        ("raise ImportError('torn')", "torn"),
+        ("pass", "exit code 0"),
+    ],
 )
 def test_probe__a_broken_library_cannot_end_the_report(code: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_TORCH_PROBE", code)
@@ -182,7 +204,15 @@ def test_probe__a_broken_library_cannot_end_the_report(code: str, words: str, mo
 
 
 def test_torch__gpu_hidden_by_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {"torch": "2.15.0", "torchvision": "0.29.2", "cuda_build": "13.2", "devices": [], "mps": False, "gloo": True, "nccl": True}
+    facts = {
+        "torch": "2.15.0",
+        "torchvision": "0.29.2",
+        "cuda_build": "13.2",
+        "devices": [],
+        "mps": False,
+        "gloo": True,
+        "nccl": True,
+    }
     monkeypatch.setattr(machine, "_TORCH_PROBE", f"print({json.dumps(facts)!r})")
     monkeypatch.setattr(machine, "_nvidia_present", lambda: True)
     checks = _by_name(machine._torch())
@@ -190,7 +220,12 @@ def test_torch__gpu_hidden_by_driver_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_packages__missing_and_other_versions(tmp_path: Path) -> None:
-    lines = ["no-such-package==1.0 \\", "    --hash=sha256:00", "pyyaml==0.1 \\", "pydantic==1 ; python_full_version < '3'"]
+    lines = [
+        "no-such-package==1.0 \\",
+        "    --hash=sha256:00",
+        "pyyaml==0.1 \\",
+        "pydantic==1 ; python_full_version < '3'",
+    ]
     (tmp_path / "requirements.lock").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert locked_versions(tmp_path / "requirements.lock") == {"no-such-package": "1.0", "pyyaml": "0.1"}
     missing, different = machine._packages(tmp_path)

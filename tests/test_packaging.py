@@ -82,15 +82,19 @@ def test_lock__satisfies_the_ranges_on_every_python(python: str) -> None:
 
 
 def test_lock__headless_is_the_same_version() -> None:
-    (headless, _), = _entries("requirements-headless.lock")
-    versions = [requirement.specifier for requirement, _ in _entries("requirements.lock") if requirement.name == "opencv-python"]
+    ((headless, _),) = _entries("requirements-headless.lock")
+    versions = [
+        requirement.specifier for requirement, _ in _entries("requirements.lock") if requirement.name == "opencv-python"
+    ]
     assert headless.name == "opencv-python-headless" and versions == [headless.specifier]
 
 
 @pytest.mark.parametrize("name", [*LOCKS, "pyproject.toml", "Makefile", "Dockerfile", ".ci/run", ".dvc/config"])
 def test_lock_and_build_files__name_no_index(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert not re.search(r"https?://(?!127\.0\.0\.1)|--(extra-)?index-url[ =]|--find-links|--trusted-host|\bsudo\b", text)
+    assert not re.search(
+        r"https?://(?!127\.0\.0\.1)|--(extra-)?index-url[ =]|--find-links|--trusted-host|\bsudo\b", text
+    )
 
 
 @pytest.mark.parametrize("target", ["help", "install", "demo", "test", "lock", "check-lock", "clean"])
