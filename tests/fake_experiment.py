@@ -59,12 +59,24 @@ class FakeExperiment:
             validation = [video for video in train if self._fold_of(video) == inner_number]
             rest = [video for video in train if video not in validation]
             folds.append(Fold(number, test, train, [InnerFold(rest, validation)] if rest else []))
-        return Splits(seed=0, group=self.group, manifest_digest="0" * 64, classes=list(self.classes), excluded_classes={},
-                      warnings=[], groups=dict(self.groups), labels=dict(self.labels), folds=folds, unlabelled=[],
-                      unlabelled_blocked=[])
+        return Splits(
+            seed=0,
+            group=self.group,
+            manifest_digest="0" * 64,
+            classes=list(self.classes),
+            excluded_classes={},
+            warnings=[],
+            groups=dict(self.groups),
+            labels=dict(self.labels),
+            folds=folds,
+            unlabelled=[],
+            unlabelled_blocked=[],
+        )
 
     def _items(self) -> list[Path]:
-        return [self._item(init, seed, fold) for init in self.skill for seed in self.seeds for fold in self.splits.folds]
+        return [
+            self._item(init, seed, fold) for init in self.skill for seed in self.seeds for fold in self.splits.folds
+        ]
 
     def _item(self, init: str, seed: int, fold: Fold) -> Path:
         rng = np.random.default_rng([seed, fold.fold, len(init)])
@@ -80,25 +92,49 @@ class FakeExperiment:
                 for frame in range(self.frames):
                     logits = shift + rng.normal(0, 0.4, len(self.classes))
                     values = np.exp(logits) / np.exp(logits).sum()
-                    rows.append({"init": init, "seed": seed, "fold": fold.fold, "part": part, "video": video,
-                                 "patient": self.groups[video], "frame": frame, "label": self.labels[video],
-                                 **{f"p_{name}": value for name, value in zip(self.classes, values, strict=True)}})
+                    rows.append(
+                        {
+                            "init": init,
+                            "seed": seed,
+                            "fold": fold.fold,
+                            "part": part,
+                            "video": video,
+                            "patient": self.groups[video],
+                            "frame": frame,
+                            "label": self.labels[video],
+                            **{f"p_{name}": value for name, value in zip(self.classes, values, strict=True)},
+                        }
+                    )
         pd.DataFrame(rows).to_csv(folder / "predictions.csv", index=False)
         held = set(validation)
         train = self.splits.groups_of(video for video in fold.train if video not in held)
         card = {
-            "schema": 1, "init": init, "seed": seed, "fold": fold.fold, "classes": self.classes, "train_groups": train,
-            "validation_groups": self.splits.groups_of(validation), "test_groups": self.splits.groups_of(fold.test),
+            "schema": 1,
+            "init": init,
+            "seed": seed,
+            "fold": fold.fold,
+            "classes": self.classes,
+            "train_groups": train,
+            "validation_groups": self.splits.groups_of(validation),
+            "test_groups": self.splits.groups_of(fold.test),
             "pretrain_groups": self.splits.groups_of(fold.train) if init == "pretrained" else [],
-            "pretrain_scope": "fold" if init == "pretrained" else "none", "selection": "inner", "selected_epoch": 7,
-            "stamp": None, "method": "ucl" if init == "pretrained" else None, "fingerprint": "f" * 16, "seconds": 12.5,
+            "pretrain_scope": "fold" if init == "pretrained" else "none",
+            "selection": "inner",
+            "selected_epoch": 7,
+            "stamp": None,
+            "method": "ucl" if init == "pretrained" else None,
+            "fingerprint": "f" * 16,
+            "seconds": 12.5,
         }
         (folder / "card.json").write_text(json.dumps(card))
         return folder
 
     def _config(self) -> Config:
-        text = {"finetune": {"initialisations": list(self.skill), "seeds": self.seeds}, "evaluate": {"bootstrap": 200},
-                "split": {"folds": list(range(self.folds))}}
+        text = {
+            "finetune": {"initialisations": list(self.skill), "seeds": self.seeds},
+            "evaluate": {"bootstrap": 200},
+            "split": {"folds": list(range(self.folds))},
+        }
         for section, values in self.params.items():
             text.setdefault(section, {}).update(values)
         path = self.root / "params.yaml"
@@ -129,11 +165,27 @@ class FakeExperiment:
                 speckle = rng.rayleigh(40 + 25 * self.classes.index(label), (side, side)).clip(0, 255).astype(np.uint8)
                 pictures.append(cv2.imencode(".jpg", cv2.GaussianBlur(speckle, (3, 3), 0))[1].tobytes())
             write_video(folder, video, pictures)
-            rows.append(VideoRow(
-                video=video, source="main", path=f"{video}.mp4", sha256=video * 4, patient=self.groups[video], label=label,
-                kind="video", frames=self.frames, frames_decoded=self.frames, frames_claimed=self.frames, fps=12.0,
-                fps_source="container", width=side, height=side, stored_width=side, stored_height=side, channels=1,
-                bytes=(folder / f"{video}.tar").stat().st_size,
-            ))
+            rows.append(
+                VideoRow(
+                    video=video,
+                    source="main",
+                    path=f"{video}.mp4",
+                    sha256=video * 4,
+                    patient=self.groups[video],
+                    label=label,
+                    kind="video",
+                    frames=self.frames,
+                    frames_decoded=self.frames,
+                    frames_claimed=self.frames,
+                    fps=12.0,
+                    fps_source="container",
+                    width=side,
+                    height=side,
+                    stored_width=side,
+                    stored_height=side,
+                    channels=1,
+                    bytes=(folder / f"{video}.tar").stat().st_size,
+                )
+            )
         Manifest(rows).write(folder / "manifest.csv")
         return FrameStore(folder)

@@ -15,7 +15,17 @@ from PIL import Image
 
 from pipeline.evaluation import content, plots
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.report import cautions, frame_uri, headline_sentence, interval_words, number, p_words, plural, signed, verdict
+from pipeline.evaluation.report import (
+    cautions,
+    frame_uri,
+    headline_sentence,
+    interval_words,
+    number,
+    p_words,
+    plural,
+    signed,
+    verdict,
+)
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -61,22 +71,45 @@ def make(fake: FakeExperiment, store=None, stages=()) -> tuple[str, dict]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """One complete report with frames, curves and stage rows."""
-    fake = FakeExperiment(tmp_path_factory.mktemp("report"), classes=["healthy", "B-lines", "effusion"], patients=18,
-                          params={"data": {"pseudonym_key": "top-secret-key", "source": "/home/clinic/videos"},
-                                  "evaluate": {"bootstrap": 200, "title": "Lung study"}})
+    fake = FakeExperiment(
+        tmp_path_factory.mktemp("report"),
+        classes=["healthy", "B-lines", "effusion"],
+        patients=18,
+        params={
+            "data": {"pseudonym_key": "top-secret-key", "source": "/home/clinic/videos"},
+            "evaluate": {"bootstrap": 200, "title": "Lung study"},
+        },
+    )
     for fold in range(3):
         folder = fake.root / f"models/encoders/fold{fold}"
         folder.mkdir(parents=True)
-        (folder / "curves.csv").write_text("epoch,loss,chance_loss,embedding_std,learning_rate\n0,2.1,0.7,0.3,0.1\n1,1.5,0.7,,0.1\n2,1.1,0.7,0.5,0.1\n")
+        (folder / "curves.csv").write_text(
+            "epoch,loss,chance_loss,embedding_std,learning_rate\n0,2.1,0.7,0.3,0.1\n1,1.5,0.7,,0.1\n2,1.1,0.7,0.5,0.1\n"
+        )
     (fake.folders[0] / "curves.csv").write_text("epoch,train_loss\n0,1.0\n1,0.5\n")
-    stages = [{"stage": "pretrain", "item": "fold0", "status": "FINISHED", "fingerprint": "abc", "seconds": 3.0, "run_id": None, "linked": True}]
+    stages = [
+        {
+            "stage": "pretrain",
+            "item": "fold0",
+            "status": "FINISHED",
+            "fingerprint": "abc",
+            "seconds": 3.0,
+            "run_id": None,
+            "linked": True,
+        }
+    ]
     text, metrics = make(fake, fake.store(), stages)
     return text, metrics, Page(text)
 
 
 def test_report__is_self_contained(written):
     text, _, page = written
-    sources = [value for _, attributes in page.tags for key, value in attributes.items() if key in {"src", "href", "srcset", "data", "action"}]
+    sources = [
+        value
+        for _, attributes in page.tags
+        for key, value in attributes.items()
+        if key in {"src", "href", "srcset", "data", "action"}
+    ]
     assert sources and all(value.startswith(("data:image/", "#")) for value in sources)
     assert not page.all("script") and not page.all("link") and not page.all("iframe")
     assert not re.search(r"https?://|url\(|@import|javascript:", text)
@@ -101,11 +134,20 @@ def test_report__pictures_are_whole_and_described(written):
 def test_report__says_what_a_clinician_needs(written):
     _, metrics, page = written
     assert metrics["headline"].replace("\u00a0", " ") in page.text.replace("\u00a0", " ")
-    for words in ("What these numbers may not be used for", "Does pretraining help?", "Every patient, errors first",
-                  "Split: who is tested where", "effective rank to one", "Stages behind these numbers", "earlier run", "sonoscope ui"):
+    for words in (
+        "What these numbers may not be used for",
+        "Does pretraining help?",
+        "Every patient, errors first",
+        "Split: who is tested where",
+        "effective rank to one",
+        "Stages behind these numbers",
+        "earlier run",
+        "sonoscope ui",
+    ):
         assert words in page.text
     wrong = sum(sum(row) for row in metrics["pretrained"]["video"]["confusion"]) - sum(
-        metrics["pretrained"]["video"]["confusion"][index][index] for index in range(3))
+        metrics["pretrained"]["video"]["confusion"][index][index] for index in range(3)
+    )
     assert f"Videos judged wrongly: {wrong:g} of 36" in page.text
     assert "Not for diagnosis" in page.text and "synthetic" not in page.text
 
@@ -130,7 +172,11 @@ def test_report__is_printable_and_follows_the_theme(written):
 
 def test_report__hostile_names_are_escaped(tmp_path):
     hostile = '<script>alert("x")</script>'
-    fake = FakeExperiment(tmp_path, classes=[hostile, '"><img src=x onerror=y>'], params={"evaluate": {"bootstrap": 100, "title": hostile}})
+    fake = FakeExperiment(
+        tmp_path,
+        classes=[hostile, '"><img src=x onerror=y>'],
+        params={"evaluate": {"bootstrap": 100, "title": hostile}},
+    )
     fake.splits.warnings.append("<b>bold</b> https-free warning")
     text, _ = make(fake, fake.store())
     page = Page(text)
@@ -158,29 +204,65 @@ def test_report__without_store_and_curves(tmp_path):
 
 
 def test_number__signs_and_gaps():
-    assert [number(0.705), number(-0.001), number(None), number(float("nan")), number(-0.25)] == ["0.70", "0.00", "–", "–", "−0.25"]
+    assert [number(0.705), number(-0.001), number(None), number(float("nan")), number(-0.25)] == [
+        "0.70",
+        "0.00",
+        "–",
+        "–",
+        "−0.25",
+    ]
     assert [signed(0.12), signed(-0.12), signed(0.001), signed(None)] == ["+0.12", "−0.12", "0.00", "–"]
-    assert [p_words(0.0004), p_words(0.034), p_words(0.5), p_words(None)] == ["p < 0.001", "p = 0.034", "p = 0.50", "p undefined"]
-    assert [plural(1, "patient"), plural(2, "class"), plural(1200, "frame")] == ["1 patient", "2 classes", "1\u202f200 frames"]
+    assert [p_words(0.0004), p_words(0.034), p_words(0.5), p_words(None)] == [
+        "p < 0.001",
+        "p = 0.034",
+        "p = 0.50",
+        "p undefined",
+    ]
+    assert [plural(1, "patient"), plural(2, "class"), plural(1200, "frame")] == [
+        "1 patient",
+        "2 classes",
+        "1\u202f200 frames",
+    ]
 
 
 def test_headline__reads_as_specified():
     values = {"balanced_accuracy": 0.71, "balanced_accuracy_low": 0.60, "balanced_accuracy_high": 0.81}
-    metrics = {"headline_init": "pretrained", "pretrained": {"video": values}, "group": "patient", "patients": 24, "videos": 48,
-               "folds": 3, "seeds": 1, "stamp": ""}
+    metrics = {
+        "headline_init": "pretrained",
+        "pretrained": {"video": values},
+        "group": "patient",
+        "patients": 24,
+        "videos": 48,
+        "folds": 3,
+        "seeds": 1,
+        "stamp": "",
+    }
     sentence = headline_sentence(metrics, 0.95).replace("\u00a0", " ")
     assert sentence == "Balanced accuracy per video 0.71 (95 % interval 0.60 to 0.81), 24 patients, 48 videos, 3 folds"
     stamped = headline_sentence({**metrics, "stamp": "transductive pretraining"}, 0.95)
     assert stamped.endswith(" – transductive pretraining")
-    assert "no interval" in interval_words({"balanced_accuracy": 1.0, "balanced_accuracy_low": None}, "balanced_accuracy", 0.95)
+    assert "no interval" in interval_words(
+        {"balanced_accuracy": 1.0, "balanced_accuracy_low": None}, "balanced_accuracy", 0.95
+    )
 
 
-@pytest.mark.parametrize(("low", "high", "p", "answer"), [
-    (0.02, 0.2, 0.01, "Yes"), (-0.2, -0.02, 0.01, "No"), (-0.1, 0.2, 0.4, "Not shown"), (0.01, 0.2, 0.08, "Not shown"),
-    (None, None, None, "Unknown"),
-])
+@pytest.mark.parametrize(
+    ("low", "high", "p", "answer"),
+    [
+        (0.02, 0.2, 0.01, "Yes"),
+        (-0.2, -0.02, 0.01, "No"),
+        (-0.1, 0.2, 0.4, "Not shown"),
+        (0.01, 0.2, 0.08, "Not shown"),
+        (None, None, None, "Unknown"),
+    ],
+)
 def test_verdict__needs_interval_and_test(low, high, p, answer):
-    difference = {"balanced_accuracy": 0.1, "balanced_accuracy_low": low, "balanced_accuracy_high": high, "balanced_accuracy_p": p}
+    difference = {
+        "balanced_accuracy": 0.1,
+        "balanced_accuracy_low": low,
+        "balanced_accuracy_high": high,
+        "balanced_accuracy_p": p,
+    }
     assert verdict(difference, 0.95)["answer"] == answer
 
 
@@ -190,8 +272,14 @@ def test_verdict__nothing_compared():
 
 def test_cautions__no_error_is_no_proof(tmp_path):
     config = FakeExperiment(tmp_path).config
-    metrics = {"stamp": "optimistic (selected on test)", "group": "patient", "patients": 24, "seeds": 1, "headline_init": "random",
-               "random": {"patient": {"accuracy": 1.0}}}
+    metrics = {
+        "stamp": "optimistic (selected on test)",
+        "group": "patient",
+        "patients": 24,
+        "seeds": 1,
+        "headline_init": "random",
+        "random": {"patient": {"accuracy": 1.0}},
+    }
     lines = " ".join(cautions(config, metrics, [])).replace("\u00a0", " ")
     # 1 - 0.05 ** (1 / 24)
     assert "an error in 11.7 % of patients" in lines and "chosen on the same patients" in lines
@@ -210,7 +298,9 @@ def test_frame_uri__keeps_colour_and_shrinks():
 
 def test_confusion__picture_survives_any_class_name(tmp_path):
     path = tmp_path / "confusion.png"
-    plots.draw_confusion(path, np.array([[3, 0], [1.5, 0]]), ["$x_{", "a very long class name that goes on and on"], "Videos", "stamped")
+    plots.draw_confusion(
+        path, np.array([[3, 0], [1.5, 0]]), ["$x_{", "a very long class name that goes on and on"], "Videos", "stamped"
+    )
     with Image.open(path) as picture:
         assert picture.width > 300
 
@@ -219,7 +309,9 @@ def test_confusion__text_contrasts_with_its_cell():
     assert plots._on((1, 1, 1, 1)) == plots.INK and plots._on((0.05, 0.25, 0.5, 1)) == "white"
 
 
-@pytest.mark.parametrize("raw", [b"", b"epoch\n1\n", b"\xff\xfe", b"epoch,loss\nx,y\n", b"epoch,note\n0,hello\n1,you\n"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"epoch\n1\n", b"\xff\xfe", b"epoch,loss\nx,y\n", b"epoch,note\n0,hello\n1,you\n"]
+)
 def test_read_curves__foreign_files_are_passed_over(tmp_path, raw):
     path = tmp_path / "curves.csv"
     path.write_bytes(raw)
@@ -229,6 +321,18 @@ def test_read_curves__foreign_files_are_passed_over(tmp_path, raw):
 
 
 def test_curve_columns__monitors_first_constants_and_timings_never():
-    table = pd.DataFrame({"x": [0, 1], "epoch": [0, 1], "lr": [1, 2], "images_per_second": [5, 6], "odd": [1, 2], "flat": [1, 1],
-                          "effective_rank": [4, 5], "loss": [2, 1], "chance_loss": [1, 2], "knn_balanced_accuracy": [0.2, 0.4]})
+    table = pd.DataFrame(
+        {
+            "x": [0, 1],
+            "epoch": [0, 1],
+            "lr": [1, 2],
+            "images_per_second": [5, 6],
+            "odd": [1, 2],
+            "flat": [1, 1],
+            "effective_rank": [4, 5],
+            "loss": [2, 1],
+            "chance_loss": [1, 2],
+            "knn_balanced_accuracy": [0.2, 0.4],
+        }
+    )
     assert content.curve_columns({"run": table}) == ["loss", "knn_balanced_accuracy", "effective_rank", "odd"]

@@ -1,4 +1,4 @@
-"""What the report shows besides numbers: cases with frames, tables of classes, folds, patients and data, learning curves.
+"""What the report shows besides numbers: cases with frames, tables of classes, folds, patients, data; learning curves.
 
 Reads the store, the split and `curves.csv` files; draws nothing and decides nothing about metrics.
 """
@@ -20,20 +20,48 @@ from pipeline.evaluation.predictions import probability_columns
 from pipeline.evaluation.report import METRIC_NAMES, Table, number, p_words, signed
 
 __all__ = [
-    "CURVE_NAMES", "choose_cases", "class_tables", "comparison_table", "curve_columns", "data_tables", "fold_tables", "judged_videos",
-    "patient_table", "read_curves", "training_table",
+    "CURVE_NAMES",
+    "choose_cases",
+    "class_tables",
+    "comparison_table",
+    "curve_columns",
+    "data_tables",
+    "fold_tables",
+    "judged_videos",
+    "patient_table",
+    "read_curves",
+    "training_table",
 ]
 
 MAX_WRONG, FRAMES_SHOWN, MAX_PATIENTS, MAX_PANELS = 12, 3, 300, 6
 PREFERRED = ("loss", "knn", "std", "rank", "balanced_accuracy", "macro_f1", "accuracy", "alignment", "uniformity")
 """Curves worth a panel first; everything else that varies follows."""
 CURVE_NAMES = {
-    "loss": "Loss", "knn_balanced_accuracy": "Neighbours' vote, balanced accuracy", "embedding_std": "Embedding spread (std)",
-    "effective_rank": "Effective rank", "accuracy": "Accuracy of the pretext task", "train_loss": "Training loss",
-    "validation_loss": "Validation loss", "validation_balanced_accuracy": "Validation balanced accuracy",
-    "validation_macro_f1": "Validation macro F1", "validation_accuracy": "Validation accuracy",
+    "loss": "Loss",
+    "knn_balanced_accuracy": "Neighbours' vote, balanced accuracy",
+    "embedding_std": "Embedding spread (std)",
+    "effective_rank": "Effective rank",
+    "accuracy": "Accuracy of the pretext task",
+    "train_loss": "Training loss",
+    "validation_loss": "Validation loss",
+    "validation_balanced_accuracy": "Validation balanced accuracy",
+    "validation_macro_f1": "Validation macro F1",
+    "validation_accuracy": "Validation accuracy",
 }
-TECHNICAL = ("chance_loss", "lr", "learning_rate", "seconds", "per_second", "throughput", "momentum", "eta", "memory", "wait", "epoch", "step")
+TECHNICAL = (
+    "chance_loss",
+    "lr",
+    "learning_rate",
+    "seconds",
+    "per_second",
+    "throughput",
+    "momentum",
+    "eta",
+    "memory",
+    "wait",
+    "epoch",
+    "step",
+)
 
 
 def judged_videos(videos: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
@@ -48,8 +76,9 @@ def judged_videos(videos: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
     return joined
 
 
-def choose_cases(judged: pd.DataFrame, frames: pd.DataFrame, classes: Sequence[str],
-                 store: FrameStore | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def choose_cases(
+    judged: pd.DataFrame, frames: pd.DataFrame, classes: Sequence[str], store: FrameStore | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Videos for the gallery: the most certain errors, and of each class the most and the least certain right answer.
 
     Args:
@@ -64,23 +93,33 @@ def choose_cases(judged: pd.DataFrame, frames: pd.DataFrame, classes: Sequence[s
     wrong = judged[~judged["correct"]].sort_values(["certainty", "video"], ascending=[False, True]).head(MAX_WRONG)
     right: list[pd.Series] = []
     for name in classes:
-        part = judged[judged["correct"] & (judged["label"] == name)].sort_values(["certainty", "video"], ascending=[False, True])
+        part = judged[judged["correct"] & (judged["label"] == name)].sort_values(
+            ["certainty", "video"], ascending=[False, True]
+        )
         right += [part.iloc[index] for index in ([0, len(part) - 1] if len(part) > 1 else range(len(part)))]
 
     def case(row: pd.Series) -> dict[str, Any]:
         known = np.sort(frames.loc[frames["video"] == row["video"], "frame"].unique())
-        shown = [int(known[index]) for index in np.unique(np.linspace(0, len(known) - 1, FRAMES_SHOWN).round().astype(int))]
+        shown = [
+            int(known[index]) for index in np.unique(np.linspace(0, len(known) - 1, FRAMES_SHOWN).round().astype(int))
+        ]
         return {
-            "images": store.frames(row["video"], shown) if store is not None else [], "frames": shown, "video": row["video"],
-            "patient": row["patient"], "fold": int(row["fold"]), "truth": row["label"], "predicted": row["predicted"],
-            "probability": float(row["certainty"]), "correct": bool(row["correct"]),
+            "images": store.frames(row["video"], shown) if store is not None else [],
+            "frames": shown,
+            "video": row["video"],
+            "patient": row["patient"],
+            "fold": int(row["fold"]),
+            "truth": row["label"],
+            "predicted": row["predicted"],
+            "probability": float(row["certainty"]),
+            "correct": bool(row["correct"]),
             "probabilities": [(name, float(row[f"p_{name}"])) for name in classes],
         }
 
     return [case(row) for _, row in wrong.iterrows()], [case(row) for row in right]
 
 
-def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str]) -> list[Table]:
+def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str], unit: str) -> list[Table]:
     """One table a level: every initialisation, the majority class, and the paired difference."""
     tables = []
     for level in ("video", "patient", "frame"):
@@ -102,10 +141,14 @@ def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str]) -> list[T
         columns = ["Metric", *(init.capitalize() for init in inits), "Majority class"]
         if metrics.get("difference", {}).get(level):
             columns += ["Pretrained − random", "p"]
-        tables.append(Table(f"Per {level}", columns, rows, columns[1:], _stamp_note(metrics)))
+        tables.append(
+            Table(f"Per {unit if level == 'patient' else level}", columns, rows, columns[1:], _stamp_note(metrics))
+        )
     if "difference" in metrics:
-        note = ("p: two-sided permutation test, exchanging the two networks' answers patient by patient. The question was balanced "
-                "accuracy per video; the other p values are not corrected for their number.")
+        note = (
+            f"p: two-sided permutation test, exchanging the two networks' answers {unit} by {unit}. The question was "
+            "balanced accuracy per video; the other p values are not corrected for their number."
+        )
         tables[-1] = replace(tables[-1], note=" ".join(filter(None, (tables[-1].note, note))))
     return tables
 
@@ -128,11 +171,20 @@ def class_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
     for init in inits:
         values = metrics[init]["video"]
         rows = [
-            [name, f"{part['support']:g}", number(part["recall"]), number(part["precision"]), number(part["f1"]), number(part["auroc"])]
+            [
+                name,
+                f"{part['support']:g}",
+                number(part["recall"]),
+                number(part["precision"]),
+                number(part["f1"]),
+                number(part["auroc"]),
+            ]
             for name, part in ((name, values["per_class"][name]) for name in classes)
         ]
         reasons = "; ".join(sorted(set(values["undefined"].values())))
-        note = ". ".join(text for text in (f"Undefined: {reasons}" if reasons else "", _stamp_note(metrics).rstrip(".")) if text)
+        note = " ".join(
+            text for text in (f"Undefined: {reasons}." if reasons else "", _stamp_note(metrics[init])) if text
+        )
         tables.append(Table(f"Per class and video, {init}", columns, rows, columns[1:], note))
     return tables
 
@@ -148,11 +200,12 @@ def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits
             values = metrics[init]["folds"][str(fold.fold)]
             row.append(_with_interval(values, "balanced_accuracy"))
         rows.append(row)
-    rows.append(["mean ± SD of folds", "", "", *(
-        f"{number(metrics[init]['fold_mean']['balanced_accuracy'])} ± {number(metrics[init]['fold_mean']['balanced_accuracy_sd'])}"
-        for init in inits)])
+    means = [metrics[init]["fold_mean"] for init in inits]
+    spread = [f"{number(one['balanced_accuracy'])} ± {number(one['balanced_accuracy_sd'])}" for one in means]
+    rows.append(["mean ± SD of folds", "", "", *spread])
     if metrics["seeds"] > 1:
-        rows.append(["SD over seeds, pooled", "", "", *(number(metrics[init]["video"]["balanced_accuracy_seed_sd"]) for init in inits)])
+        seeds = [number(metrics[init]["video"]["balanced_accuracy_seed_sd"]) for init in inits]
+        rows.append(["SD over seeds, pooled", "", "", *seeds])
     absent = [
         f"fold {fold.fold} has no test video of {', '.join(missing)}"
         for fold in splits.folds
@@ -160,7 +213,15 @@ def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits
     ]
     note = "; ".join(absent)
     note = f"{note[0].upper()}{note[1:]}: its value is the mean over the other classes." if note else ""
-    return [Table("Balanced accuracy per video", columns, rows, columns[1:], " ".join(filter(None, (note, _stamp_note(metrics)))))]
+    return [
+        Table(
+            "Balanced accuracy per video",
+            columns,
+            rows,
+            columns[1:],
+            " ".join(filter(None, (note, _stamp_note(metrics)))),
+        )
+    ]
 
 
 def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequence[str], unit: str) -> Table:
@@ -176,8 +237,17 @@ def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequenc
     rows = []
     for row in joined.head(MAX_PATIENTS).to_dict("records"):
         right, total = counts.loc[(row["patient"], row["label"])]
-        rows.append([row["patient"], row["fold"], row["label"], row["predicted"], number(row["certainty"]),
-                     f"{right} of {total}", "wrong" if row["wrong"] else "right"])
+        rows.append(
+            [
+                row["patient"],
+                row["fold"],
+                row["label"],
+                row["predicted"],
+                number(row["certainty"]),
+                f"{right} of {total}",
+                "wrong" if row["wrong"] else "right",
+            ]
+        )
     note = f"The first {MAX_PATIENTS} of {len(joined)} are shown." if len(joined) > MAX_PATIENTS else ""
     names = [unit.capitalize(), "Fold", "Truth", "Predicted", "Probability", "Videos right", "Judged"]
     return Table(f"Every {unit}, errors first", names, rows, ["Fold", "Probability", "Videos right"], note)
@@ -194,19 +264,46 @@ def data_tables(splits: Splits, store: FrameStore | None, unit: str) -> list[Tab
         rows.append([name, len(groups), len(videos), sum(stored.get(video, 0) for video in videos) or "–"])
     unlabelled = list(splits.unlabelled)
     if unlabelled:
-        rows.append(["without label (pretraining only)", len({splits.groups.get(video, video) for video in unlabelled}),
-                     len(unlabelled), sum(stored.get(video, 0) for video in unlabelled) or "–"])
+        rows.append(
+            [
+                "without label (pretraining only)",
+                len({splits.groups.get(video, video) for video in unlabelled}),
+                len(unlabelled),
+                sum(stored.get(video, 0) for video in unlabelled) or "–",
+            ]
+        )
     names = ["Class", f"{unit.capitalize()}s", "Videos", "Stored frames"]
     tables.append(Table("Videos", names, rows, names[1:], _store_note(store)))
-    columns = ["Fold", f"Test {unit}s", "Test videos", *(f"{name}" for name in splits.classes), f"Training {unit}s", "Training videos"]
+    columns = [
+        "Fold",
+        f"Test {unit}s",
+        "Test videos",
+        *(f"{name}" for name in splits.classes),
+        f"Training {unit}s",
+        "Training videos",
+    ]
     rows = []
     for fold in splits.folds:
         counts = Counter(splits.labels[video] for video in fold.test)
-        rows.append([f"fold {fold.fold}", len({splits.groups[video] for video in fold.test}), len(fold.test),
-                     *(counts[name] for name in splits.classes),
-                     len({splits.groups[video] for video in fold.train}), len(fold.train)])
-    tables.append(Table("Split: who is tested where", columns, rows, columns[1:], f"No {unit} is on both sides of a fold. "
-                        f"Manifest {splits.manifest_digest[:12]}, split seed {splits.seed}."))
+        rows.append(
+            [
+                f"fold {fold.fold}",
+                len({splits.groups[video] for video in fold.test}),
+                len(fold.test),
+                *(counts[name] for name in splits.classes),
+                len({splits.groups[video] for video in fold.train}),
+                len(fold.train),
+            ]
+        )
+    tables.append(
+        Table(
+            "Split: who is tested where",
+            columns,
+            rows,
+            columns[1:],
+            f"No {unit} is on both sides of a fold. Manifest {splits.manifest_digest[:12]}, split seed {splits.seed}.",
+        )
+    )
     return tables
 
 
@@ -221,7 +318,9 @@ def _store_note(store: FrameStore | None) -> str:
     rates = sorted({round(row.fps, 2) for row in rows if row.fps})
     parts = [f"Most frames are stored at {sizes[0]} × {sizes[1]} pixels"]
     if rates:
-        parts.append(f"{rates[0]:g} frames per second" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g} frames per second")
+        parts.append(
+            f"{rates[0]:g} frames per second" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g} frames per second"
+        )
     parts.append(f"{warned} videos with a warning, {refused} unreadable files left out")
     return ", ".join(parts) + "."
 
@@ -237,7 +336,9 @@ def read_curves(path: Path) -> pd.DataFrame | None:
         return None
     axis = next((name for name in ("epoch", "step") if name in table.columns), None)
     table.insert(0, "x", table[axis] if axis else np.arange(len(table)))
-    numbers = table.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan).dropna(axis="columns", how="all")
+    numbers = (
+        table.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan).dropna(axis="columns", how="all")
+    )
     if "x" not in numbers.columns or numbers.shape[1] < 2:
         return None
     numbers = numbers.dropna(subset=["x"])
@@ -250,7 +351,9 @@ def curve_columns(curves: Mapping[str, pd.DataFrame]) -> list[str]:
     found: dict[str, None] = {}
     for table in curves.values():
         for name in table.columns:
-            technical = any(name == word or name.endswith(f"_{word}") or name.endswith(f"/{word}") for word in TECHNICAL)
+            technical = any(
+                name == word or name.endswith(f"_{word}") or name.endswith(f"/{word}") for word in TECHNICAL
+            )
             if name != "x" and not technical and table[name].nunique() > 1:
                 found.setdefault(str(name))
 
@@ -267,7 +370,16 @@ def training_table(items: Sequence[Any]) -> Table:
     for item in items:
         card = item.card
         extra = card.model_extra or {}
-        rows.append([item.name, card.method or "–", card.pretrain_scope, len(card.train_groups), card.selection,
-                     "–" if card.selected_epoch is None else card.selected_epoch, number(extra.get("seconds"), 0)])
+        rows.append(
+            [
+                item.name,
+                card.method or "–",
+                card.pretrain_scope,
+                len(card.train_groups),
+                card.selection,
+                "–" if card.selected_epoch is None else card.selected_epoch,
+                number(extra.get("seconds"), 0),
+            ]
+        )
     columns = ["Model", "Method", "Pretraining scope", "Training groups", "Epoch chosen by", "Epoch", "Seconds"]
     return Table("Fine-tuned models", columns, rows, ["Training groups", "Epoch", "Seconds"])

@@ -17,7 +17,7 @@ from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import aggregate
-from pipeline.evaluation.pages import write_pages
+from pipeline.evaluation.pages import Results, write_pages
 from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
 from pipeline.evaluation.summary import METRICS, summarise
 from pipeline.files import atomic_write, write_json
@@ -26,8 +26,14 @@ from pipeline.tracking import NullTracker
 __all__ = ["evaluate", "headline_metrics", "log_results"]
 
 
-def evaluate(config: Config, folders: Sequence[Path], splits: Splits, store: FrameStore | None, output: Path,
-             stages: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def evaluate(
+    config: Config,
+    folders: Sequence[Path],
+    splits: Splits,
+    store: FrameStore | None,
+    output: Path,
+    stages: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """Judge all fine-tuned models and write everything a reader needs into `output`.
 
     Args:
@@ -50,12 +56,16 @@ def evaluate(config: Config, folders: Sequence[Path], splits: Splits, store: Fra
     check_items(items, splits, config.finetune.initialisations, config.finetune.seeds)
     rows = test_rows(items)
     how = config.evaluate.aggregation
-    tables = {"frame": rows, "video": aggregate(rows, splits.classes, "video", how),
-              "patient": aggregate(rows, splits.classes, "patient", how)}
+    tables = {
+        "frame": rows,
+        "video": aggregate(rows, splits.classes, "video", how),
+        "patient": aggregate(rows, splits.classes, "patient", how),
+    }
     metrics = summarise(config, splits, items, tables)
     roc = write_tables(output, metrics, splits.classes, tables)
     write_json(output / "metrics.json", metrics)
-    write_pages(config, splits, store, items, tables, metrics, roc, output, [*splits.warnings, *warnings], stages)
+    results = Results(items, tables, metrics, roc, [*splits.warnings, *warnings], stages)
+    write_pages(config, splits, store, results, output)
     return metrics
 
 
@@ -63,11 +73,15 @@ def _asked_for(config: Config, splits: Splits, folders: Sequence[Path]) -> tuple
     """Folders of the items params.yaml asks for; the others are results of other parameters that DVC left on disk."""
     wanted = {
         item_name(init, seed, fold.fold)
-        for init in config.finetune.initialisations for seed in config.finetune.seeds for fold in splits.folds
+        for init in config.finetune.initialisations
+        for seed in config.finetune.seeds
+        for fold in splits.folds
     }
     others = sorted(folder.name for folder in folders if folder.name not in wanted)
-    warnings = [f"{name} is not asked for by finetune.initialisations, finetune.seeds and split.folds, and was left out"
-                for name in others]
+    warnings = [
+        f"{name} is not asked for by finetune.initialisations, finetune.seeds and split.folds, and was left out"
+        for name in others
+    ]
     kept = [folder for folder in folders if folder.name in wanted]
     if not kept:
         raise DataError("no fine-tuned models that params.yaml asks for. Run `dvc repro finetune` first.")
@@ -81,10 +95,19 @@ def initialisations(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers for the comparison table of experiments, e.g. `pretrained.video.balanced_accuracy_low`; undefined ones left out."""
-    flat: dict[str, float | None] = {key: metrics.get(key) for key in (
-        "balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "pretraining_gain", "pretraining_gain_low",
-        "pretraining_gain_high", "pretraining_gain_p")}
+    """Numbers for the table of experiments, e.g. `pretrained.video.balanced_accuracy`; undefined ones are left out."""
+    flat: dict[str, float | None] = {
+        key: metrics.get(key)
+        for key in (
+            "balanced_accuracy",
+            "balanced_accuracy_low",
+            "balanced_accuracy_high",
+            "pretraining_gain",
+            "pretraining_gain_low",
+            "pretraining_gain_high",
+            "pretraining_gain_p",
+        )
+    }
     for init in initialisations(metrics):
         for level in ("video", "patient"):
             for name in METRICS:
@@ -93,7 +116,7 @@ def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) -> None:
-    """Headline numbers on stage and parent run, fold values as steps, stamps as tags, report and pictures as artifacts."""
+    """Headline on stage and parent run, folds as steps, stamps as tags, report and pictures as artifacts."""
     headline = headline_metrics(metrics)
     tracker.log_metrics(headline)
     tracker.log_parent_metrics(headline)
@@ -109,11 +132,17 @@ def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) 
     tracker.log_parent_artifact(output / "report.html")
 
 
-def write_tables(output: Path, metrics: Mapping[str, Any], classes: Sequence[str], tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def write_tables(
+    output: Path, metrics: Mapping[str, Any], classes: Sequence[str], tables: Mapping[str, pd.DataFrame]
+) -> pd.DataFrame:
     """predictions*.csv for readers, and confusion*.csv, roc.csv, folds.csv for `dvc plots`. Returns the ROC table."""
     inits = initialisations(metrics)
     columns = probability_columns(classes)
-    for level, name in (("frame", "predictions.csv"), ("video", "predictions_video.csv"), ("patient", "predictions_patient.csv")):
+    for level, name in (
+        ("frame", "predictions.csv"),
+        ("video", "predictions_video.csv"),
+        ("patient", "predictions_patient.csv"),
+    ):
         table = tables[level].copy()
         table["predicted"] = [classes[index] for index in table[columns].to_numpy().argmax(axis=1)]
         table["stamp"] = table["init"].map({init: metrics[init]["stamp"] for init in inits})
@@ -132,8 +161,11 @@ def write_tables(output: Path, metrics: Mapping[str, Any], classes: Sequence[str
                 curves.append(pd.DataFrame({"init": init, "class": label, "fpr": false, "tpr": true}))
     roc = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=["init", "class", "fpr", "tpr"])
     _write_csv(output / "roc.csv", roc)
-    folds = [{"init": init, "fold": int(fold), **{key: values[key] for key in values if key.startswith(METRICS)}}
-             for init in inits for fold, values in metrics[init]["folds"].items()]
+    folds = [
+        {"init": init, "fold": int(fold), **{key: values[key] for key in values if key.startswith(METRICS)}}
+        for init in inits
+        for fold, values in metrics[init]["folds"].items()
+    ]
     _write_csv(output / "folds.csv", pd.DataFrame(folds))
     return roc
 

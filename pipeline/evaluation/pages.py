@@ -1,12 +1,13 @@
 """Draws all pictures of an evaluation and hands them, with tables and cases, to the report.
 
-The glue between numbers and paper: which picture shows what, under which caption, with which words for readers who cannot
-see it.
+The glue between numbers and paper: which picture shows what, under which caption, and in which words for readers who
+cannot see it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,21 @@ from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.evaluation import content, plots
 from pipeline.evaluation.predictions import Item
-from pipeline.evaluation.report import METRIC_NAMES, Picture, ReportContent, Table, cautions, number, percent, verdict, write_report
+from pipeline.evaluation.report import (
+    METRIC_NAMES,
+    Picture,
+    ReportContent,
+    Table,
+    cautions,
+    number,
+    percent,
+    verdict,
+    write_report,
+)
 from pipeline.evaluation.summary import METRICS
 from pipeline.tracking_context import shown_params, slug
 
-__all__ = ["write_pages"]
+__all__ = ["Results", "write_pages"]
 
 COMMANDS = [
     ("dvc repro", "runs everything again; stages whose inputs did not change are taken from the cache"),
@@ -32,10 +43,24 @@ COMMANDS = [
 ]
 
 
-def write_pages(config: Config, splits: Splits, store: FrameStore | None, items: Sequence[Item],
-                tables: Mapping[str, pd.DataFrame], metrics: Mapping[str, Any], roc: pd.DataFrame, output: Path,
-                warnings: Sequence[str], stages: Sequence[Mapping[str, Any]] = ()) -> None:
+@dataclass(frozen=True)
+class Results:
+    """What was computed, for those who show it."""
+
+    items: Sequence[Item]
+    tables: Mapping[str, pd.DataFrame]
+    """Predictions by level: frame, video, patient."""
+    metrics: Mapping[str, Any]
+    roc: pd.DataFrame
+    """Columns init, class, fpr, tpr."""
+    warnings: Sequence[str]
+    stages: Sequence[Mapping[str, Any]] = ()
+    """Rows of `pipeline.tracking.link_skipped`."""
+
+
+def write_pages(config: Config, splits: Splits, store: FrameStore | None, results: Results, output: Path) -> None:
     """Write `output`/pictures/*.png and `output`/report.html."""
+    items, tables, metrics, warnings = results.items, results.tables, results.metrics, results.warnings
     drawing = _Drawing(config, splits, metrics, output / "pictures")
     first, unit = metrics["headline_init"], "patient" if splits.group == "patient" else "group"
     frames = tables["frame"]
@@ -44,24 +69,36 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, items:
     patients = tables["patient"][tables["patient"]["init"] == first]
     drawing.gallery(wrong, right)
     page = ReportContent(
-        title=config.evaluate.title, metrics=metrics, classes=splits.classes, confidence=config.evaluate.confidence,
+        title=config.evaluate.title,
+        metrics=metrics,
+        classes=splits.classes,
+        confidence=config.evaluate.confidence,
         verdict=verdict(metrics.get("difference", {}).get("video"), config.evaluate.confidence),
-        cautions=cautions(config, metrics, warnings), stamps=_stamp_words(metrics),
+        cautions=cautions(config, metrics, warnings),
+        stamps=_stamp_words(metrics),
         pictures={
-            "comparison": [drawing.comparison()], "confusion": drawing.confusion(), "roc": drawing.roc(roc),
-            "folds": [drawing.folds()], "pretraining": drawing.pretraining(items), "finetuning": drawing.finetuning(items),
+            "comparison": [drawing.comparison()],
+            "confusion": drawing.confusion(),
+            "roc": drawing.roc(results.roc),
+            "folds": [drawing.folds()],
+            "pretraining": drawing.pretraining(items),
+            "finetuning": drawing.finetuning(items),
         },
         tables={
-            "comparison": content.comparison_table(metrics, drawing.inits),
+            "comparison": content.comparison_table(metrics, drawing.inits, unit),
             "classes": content.class_tables(metrics, drawing.inits, splits.classes),
             "folds": content.fold_tables(metrics, drawing.inits, splits, unit),
             "patients": [content.patient_table(patients, judged, splits.classes, unit)],
             "data": content.data_tables(splits, store, unit),
             "training": [content.training_table(items)],
-            "stages": _stage_table(stages),
+            "stages": _stage_table(results.stages),
         },
-        wrong=wrong, right=right, wrong_total=int((~judged["correct"]).sum()), parameters=sorted(shown_params(config).items()),
-        commands=COMMANDS, warnings=warnings,
+        wrong=wrong,
+        right=right,
+        wrong_total=int((~judged["correct"]).sum()),
+        parameters=sorted(shown_params(config).items()),
+        commands=COMMANDS,
+        warnings=warnings,
     )
     write_report(output / "report.html", page)
 
@@ -72,7 +109,9 @@ def _stamp_words(metrics: Mapping[str, Any]) -> list[str]:
     if "optimistic" in metrics["stamp"]:
         words.append("Optimistic (selected on test): the training epoch was chosen on the patients that are reported.")
     if "transductive" in metrics["stamp"]:
-        words.append("Transductive pretraining: the encoder has seen the unlabelled videos of the patients that are tested.")
+        words.append(
+            "Transductive pretraining: the encoder has seen the unlabelled videos of the patients that are tested."
+        )
     known = ("optimistic", "transductive")
     others = [part for part in metrics["stamp"].split(", ") if part and not part.startswith(known)]
     return words + [f"{part[0].upper()}{part[1:]}" for part in others]
@@ -81,9 +120,17 @@ def _stamp_words(metrics: Mapping[str, Any]) -> list[str]:
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> list[Table]:
     if not stages:
         return []
-    rows = [[f"{row['stage']}{' ' + str(row['item']) if row.get('item') else ''}", row.get("status") or "–",
-             "earlier run" if row.get("linked") else "this run", row.get("fingerprint") or "–", number(row.get("seconds"), 0),
-             (row.get("run_id") or "–")[:8]] for row in stages]
+    rows = [
+        [
+            f"{row['stage']}{' ' + str(row['item']) if row.get('item') else ''}",
+            row.get("status") or "–",
+            "earlier run" if row.get("linked") else "this run",
+            row.get("fingerprint") or "–",
+            number(row.get("seconds"), 0),
+            (row.get("run_id") or "–")[:8],
+        ]
+        for row in stages
+    ]
     columns = ["Stage", "Status", "Computed in", "Fingerprint", "Seconds", "MLflow run"]
     return [Table("Stages behind these numbers", columns, rows, ["Seconds"])]
 
@@ -108,12 +155,17 @@ class _Drawing:
             majority = self.metrics["majority"]["video"].get(name)
             rows.append({"init": "majority", "metric": name, **_bounds({name: majority}, name)})
         path = self.folder / "comparison.png"
-        plots.draw_comparison(path, pd.DataFrame(rows), METRIC_NAMES, self.metrics["chance"], self.confidence, self.stamp)
+        plots.draw_comparison(
+            path, pd.DataFrame(rows), METRIC_NAMES, self.metrics["chance"], self.confidence, self.stamp
+        )
         spoken = "; ".join(f"{init}: {number(self.metrics[init]['video']['balanced_accuracy'])}" for init in self.inits)
-        return Picture(path, f"Dots with intervals for four metrics per video. Balanced accuracy {spoken}.",
-                       f"Dots: value; lines: {percent(self.confidence)} intervals over patients. Majority: always answering the most "
-                       "frequent class of the training videos; it can fall below guessing, because a class that is frequent "
-                       "in training is rarer in the test part.")
+        return Picture(
+            path,
+            f"Dots with intervals for four metrics per video. Balanced accuracy {spoken}.",
+            f"Dots: value; lines: {percent(self.confidence)} intervals over patients. Majority: always answering the "
+            "most frequent class of the training videos; it can fall below guessing, because a class that is frequent "
+            "in training is rarer in the test part.",
+        )
 
     def confusion(self) -> list[Picture]:
         """One matrix an initialisation, counts of videos and row percent."""
@@ -121,11 +173,24 @@ class _Drawing:
         for init in self.inits:
             values = self.metrics[init]["video"]
             path = self.folder / f"confusion_{init}.png"
-            plots.draw_confusion(path, np.asarray(values["confusion"]), self.splits.classes, f"Videos, {init}", self.stamp)
-            spoken = "; ".join(f"{name}: {number(values['per_class'][name]['recall'])} recognised" for name in self.splits.classes)
+            plots.draw_confusion(
+                path,
+                np.asarray(values["confusion"]),
+                self.splits.classes,
+                f"Videos, {init}",
+                self.metrics[init]["stamp"],
+            )
+            spoken = "; ".join(
+                f"{name}: {number(values['per_class'][name]['recall'])} recognised" for name in self.splits.classes
+            )
             mean = f" (mean of {self.metrics['seeds']} seeds)" if self.metrics["seeds"] > 1 else ""
-            pictures.append(Picture(path, f"Confusion matrix of the {init} network. {spoken}.",
-                                    f"{init.capitalize()}: number of videos{mean}, and percent of the true class."))
+            pictures.append(
+                Picture(
+                    path,
+                    f"Confusion matrix of the {init} network. {spoken}.",
+                    f"{init.capitalize()}: number of videos{mean}, and percent of the true class.",
+                )
+            )
         return pictures
 
     def roc(self, curves: pd.DataFrame) -> list[Picture]:
@@ -137,24 +202,38 @@ class _Drawing:
             per_class = self.metrics[init]["video"]["per_class"]
             areas = {name: per_class[name]["auroc"] for name in self.splits.classes}
             path = self.folder / f"roc_{init}.png"
-            plots.draw_roc(path, curves[curves["init"] == init], areas, f"ROC, {init}", self.stamp)
+            plots.draw_roc(path, curves[curves["init"] == init], areas, f"ROC, {init}", self.metrics[init]["stamp"])
             spoken = ", ".join(f"{name} {number(area)}" for name, area in areas.items())
-            pictures.append(Picture(path, f"ROC curves of the {init} network. Area under the curve: {spoken}.",
-                                    f"{init.capitalize()}, out-of-fold videos. Folds are scored by different networks; pooling "
-                                    "them tends to lower the curve."))
+            pictures.append(
+                Picture(
+                    path,
+                    f"ROC curves of the {init} network. Area under the curve: {spoken}.",
+                    f"{init.capitalize()}, out-of-fold videos. Folds are scored by different networks; pooling "
+                    "them tends to lower the curve.",
+                )
+            )
         return pictures
 
     def folds(self) -> Picture:
         """Balanced accuracy of every fold."""
         name = "balanced_accuracy"
-        rows = [{"init": init, "fold": int(fold), **_bounds(values, name)}
-                for init in self.inits for fold, values in self.metrics[init]["folds"].items()]
+        rows = [
+            {"init": init, "fold": int(fold), **_bounds(values, name)}
+            for init in self.inits
+            for fold, values in self.metrics[init]["folds"].items()
+        ]
         pooled = [{"init": init, **_bounds(self.metrics[init]["video"], name)} for init in self.inits]
         path = self.folder / "folds.png"
-        plots.draw_folds(path, pd.DataFrame(rows), pd.DataFrame(pooled), name, self.metrics["chance"], self.confidence, self.stamp)
+        plots.draw_folds(
+            path, pd.DataFrame(rows), pd.DataFrame(pooled), name, self.metrics["chance"], self.confidence, self.stamp
+        )
         spoken = "; ".join(f"{row['init']} fold {row['fold']}: {number(row['value'])}" for row in rows)
-        return Picture(path, f"Balanced accuracy per fold. {spoken}.", "Dots: value of a fold; lines: intervals over the fold's "
-                       "patients, wide because they are few; right: all folds together.")
+        return Picture(
+            path,
+            f"Balanced accuracy per fold. {spoken}.",
+            "Dots: value of a fold; lines: intervals over the fold's "
+            "patients, wide because they are few; right: all folds together.",
+        )
 
     def gallery(self, wrong: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]]) -> None:
         """gallery_wrong.png and gallery_right.png, for viewers without the report."""
@@ -166,7 +245,9 @@ class _Drawing:
     def pretraining(self, items: Sequence[Item]) -> list[Picture]:
         """Curves of the encoders beside the models, one line an encoder."""
         models = items[0].folder.parent.parent
-        return self._curves("pretraining", {path.parent.name: path for path in sorted(models.glob("encoders/*/curves.csv"))})
+        return self._curves(
+            "pretraining", {path.parent.name: path for path in sorted(models.glob("encoders/*/curves.csv"))}
+        )
 
     def finetuning(self, items: Sequence[Item]) -> list[Picture]:
         """Curves of the fine-tuned models, coloured by initialisation."""
@@ -182,7 +263,9 @@ class _Drawing:
             chance = "chance_loss" if column == "loss" else None
             plots.draw_curve(path, curves, column, title, groups, chance, self.stamp)
             ends = [table[column].dropna() for table in curves.values() if column in table.columns]
-            alt = f"{title} during {stage}, {len(ends)} runs, from about {ends[0].iloc[0]:.3g} to {ends[0].iloc[-1]:.3g}."
+            alt = (
+                f"{title} during {stage}, {len(ends)} runs, from about {ends[0].iloc[0]:.3g} to {ends[0].iloc[-1]:.3g}."
+            )
             pictures.append(Picture(path, alt, ""))
         return pictures
 

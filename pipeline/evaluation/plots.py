@@ -1,7 +1,7 @@
 """Pictures of the evaluation as PNG files: confusion, ROC, folds, comparison, learning curves, gallery.
 
-Every function takes plain tables and draws on a white card, so that the pictures are legible on light and dark pages and
-on paper. Colours are safe for colour-blind readers and never the only mark: line style or marker differs too.
+Every function takes plain tables and draws on a white card, so that the pictures are legible on light and dark pages
+and on paper. Colours are safe for colour-blind readers and never the only mark: line style or marker differs too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 __all__ = [
-    "DPI", "INIT_COLORS", "draw_comparison", "draw_confusion", "draw_curve", "draw_folds", "draw_gallery", "draw_roc", "readable",
+    "DPI",
+    "INIT_COLORS",
+    "draw_comparison",
+    "draw_confusion",
+    "draw_curve",
+    "draw_folds",
+    "draw_gallery",
+    "draw_roc",
+    "readable",
 ]
 
 INK, MUTED, RULE = "#1c2733", "#5d6b7a", "#d5dce3"
@@ -35,11 +42,27 @@ CLASS_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 LINES = ["-", "--", "-.", ":"]
 DPI = 170
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": RULE, "axes.labelcolor": INK, "text.color": INK,
-    "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.grid": True,
-    "grid.color": "#eceff2", "axes.axisbelow": True, "figure.facecolor": "white", "axes.facecolor": "white",
-    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#eceff2",
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True,
 }
 
 
@@ -64,7 +87,7 @@ def _on(background: Sequence[float]) -> str:
 
 @contextmanager
 def _card(path: Path, stamp: str, **size: Any):
-    """A figure in the house style; saved to `path` with the stamp below it, and closed whatever happens."""
+    """A figure in the house style (keywords as in `plt.figure`), saved with the stamp above it, and always closed."""
     with plt.rc_context(STYLE), warnings.catch_warnings():
         # A class name in a script the font lacks is drawn as boxes; the report's tables show it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
@@ -72,7 +95,15 @@ def _card(path: Path, stamp: str, **size: Any):
         try:
             yield figure
             if stamp:
-                figure.supxlabel(stamp, fontsize=9, color="#a61e1e", fontweight="bold")
+                title = figure.get_suptitle()
+                figure.suptitle(
+                    f"{title}\n{stamp}" if title else stamp,
+                    x=0.01,
+                    ha="left",
+                    fontsize=9,
+                    color="#a61e1e",
+                    fontweight="bold",
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             # No software or date field: equal results give equal bytes, and DVC sees no change.
             figure.savefig(path, dpi=DPI, metadata={"Software": None})
@@ -81,16 +112,18 @@ def _card(path: Path, stamp: str, **size: Any):
 
 
 def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title: str, stamp: str = "") -> None:
-    """One confusion matrix; `matrix` float [K, K] of counts (rows are the truth), each cell shows count and row percent."""
+    """One confusion matrix; `matrix` float [K, K] of counts (rows are the truth); cells show count and row percent."""
     matrix = np.asarray(matrix, dtype=float)
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros_like(matrix), where=total > 0)
-    side = 1.3 + 0.98 * len(classes)
+    side = 1.3 + (0.98 if len(classes) < 5 else 0.75) * len(classes)
     with _card(path, stamp, figsize=(side + 0.9, side)) as figure:
         axes = figure.add_subplot()
         shades = axes.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
         names = [_plain(name, 18) for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=30 if max(map(len, names)) > 14 else 0, ha="center")
+        fits = max(map(len, names)) < (15 if len(classes) < 5 else 9)
+        turned = {} if fits else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(classes)), names, **turned)
         axes.set_yticks(range(len(classes)), names)
         axes.set(xlabel="Predicted", ylabel="Truth")
         axes.set_title(title)
@@ -102,9 +135,19 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
             for column in range(len(classes)):
                 color = _on(shades.cmap(shades.norm(share[row, column])))
                 bold = "bold" if row == column else "normal"
-                axes.text(column, row - 0.08, f"{matrix[row, column]:.3g}", ha="center", va="center", color=color,
-                          fontsize=14, fontweight=bold)
-                axes.text(column, row + 0.24, f"{share[row, column]:.0%}", ha="center", va="center", color=color, fontsize=9)
+                axes.text(
+                    column,
+                    row - 0.08,
+                    f"{matrix[row, column]:.3g}",
+                    ha="center",
+                    va="center",
+                    color=color,
+                    fontsize=14,
+                    fontweight=bold,
+                )
+                axes.text(
+                    column, row + 0.24, f"{share[row, column]:.0%}", ha="center", va="center", color=color, fontsize=9
+                )
 
 
 def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[str, float | None], title: str, stamp: str = "") -> None:
@@ -114,28 +157,50 @@ def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[str, float | None]
         curves: columns class, fpr, tpr.
         areas: AUROC by class, in class order; a class without curve is left out.
     """
-    with _card(path, stamp, figsize=(4.6, 4.6)) as figure:
+    many = len(areas) > 4
+    with _card(path, stamp, figsize=(4.6, 4.6 + (0.3 + 0.12 * len(areas) if many else 0))) as figure:
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
         for number, (name, area) in enumerate(areas.items()):
             part = curves[curves["class"] == name]
             if len(part) and area is not None:
-                axes.plot(part["fpr"], part["tpr"], color=CLASS_COLORS[number % len(CLASS_COLORS)],
-                          linestyle=LINES[number % len(LINES)], label=f"{_plain(name)}  {area:.2f}")
-        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", xlabel="1 − specificity", ylabel="Sensitivity")
+                axes.plot(
+                    part["fpr"],
+                    part["tpr"],
+                    color=CLASS_COLORS[number % len(CLASS_COLORS)],
+                    linestyle=LINES[number % len(LINES)],
+                    label=f"{_plain(name)}  {area:.2f}",
+                )
+        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        axes.set(xlabel="1 − specificity", ylabel="Sensitivity")
         axes.set_title(title)
-        axes.legend(loc="lower right", title="class against the rest, AUROC", title_fontsize=8)
+        words = {"title": "class against the rest, AUROC", "title_fontsize": 8}
+        if many:
+            figure.legend(loc="outside lower center", ncols=2, **words)
+        else:
+            axes.legend(loc="lower right", **words)
 
 
-def _interval(axes: Axes, x: float, row: Mapping[str, Any], init: str, label: str | None = None, size: float = 7) -> None:
+def _interval(
+    axes: Axes, x: float, row: Mapping[str, Any], init: str, label: str | None = None, size: float = 7
+) -> None:
     color = INIT_COLORS.get(init, INK)
     if np.isfinite(row["low"]) and np.isfinite(row["high"]):
         axes.plot([x, x], [row["low"], row["high"]], color=color, linewidth=2.2, alpha=0.55, solid_capstyle="round")
-    axes.plot(x, row["value"], INIT_MARKERS.get(init, "o"), color=color, markersize=size, label=label, markeredgecolor="white")
+    axes.plot(
+        x, row["value"], INIT_MARKERS.get(init, "o"), color=color, markersize=size, label=label, markeredgecolor="white"
+    )
 
 
-def draw_folds(path: Path, folds: pd.DataFrame, pooled: pd.DataFrame, metric: str, chance: float, confidence: float,
-               stamp: str = "") -> None:
+def draw_folds(
+    path: Path,
+    folds: pd.DataFrame,
+    pooled: pd.DataFrame,
+    metric: str,
+    chance: float,
+    confidence: float,
+    stamp: str = "",
+) -> None:
     """A dot a fold with its interval, and the pooled value at the right.
 
     Args:
@@ -162,8 +227,9 @@ def draw_folds(path: Path, folds: pd.DataFrame, pooled: pd.DataFrame, metric: st
         figure.legend(loc="outside lower center", ncols=len(inits) + 1)
 
 
-def draw_comparison(path: Path, rows: pd.DataFrame, names: Mapping[str, str], chance: float, confidence: float,
-                    stamp: str = "") -> None:
+def draw_comparison(
+    path: Path, rows: pd.DataFrame, names: Mapping[str, str], chance: float, confidence: float, stamp: str = ""
+) -> None:
     """Initialisations side by side, one line a metric.
 
     Args:
@@ -183,13 +249,35 @@ def draw_comparison(path: Path, rows: pd.DataFrame, names: Mapping[str, str], ch
                 y = metrics.index(row["metric"]) + shift
                 label = init if row["metric"] == metrics[0] else None
                 if np.isfinite(row["low"]) and np.isfinite(row["high"]):
-                    axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2.2, alpha=0.55, solid_capstyle="round")
+                    axes.plot(
+                        [row["low"], row["high"]],
+                        [y, y],
+                        color=color,
+                        linewidth=2.2,
+                        alpha=0.55,
+                        solid_capstyle="round",
+                    )
                 if np.isfinite(row["value"]):
-                    axes.plot(row["value"], y, INIT_MARKERS.get(init, "o"), color=color, markersize=8, label=label,
-                              markeredgecolor="white")
+                    axes.plot(
+                        row["value"],
+                        y,
+                        INIT_MARKERS.get(init, "o"),
+                        color=color,
+                        markersize=8,
+                        label=label,
+                        markeredgecolor="white",
+                    )
                     end = row["high"] if np.isfinite(row["high"]) else row["value"]
-                    axes.annotate(f"{row['value']:.2f}", (end, y), xytext=(6, 0), textcoords="offset points", va="center",
-                                  fontsize=8.5, color=color, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+                    axes.annotate(
+                        f"{row['value']:.2f}",
+                        (end, y),
+                        xytext=(6, 0),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=8.5,
+                        color=color,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                    )
         axes.set_yticks(range(len(metrics)), [names.get(name, readable(name)) for name in metrics])
         axes.set(xlim=(-0.02, 1.08), ylim=(len(metrics) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
@@ -197,8 +285,15 @@ def draw_comparison(path: Path, rows: pd.DataFrame, names: Mapping[str, str], ch
         figure.legend(loc="outside lower center", ncols=len(inits) + 1)
 
 
-def draw_curve(path: Path, curves: Mapping[str, pd.DataFrame], column: str, title: str, groups: Mapping[str, str] | None = None,
-               chance: str | None = None, stamp: str = "") -> None:
+def draw_curve(
+    path: Path,
+    curves: Mapping[str, pd.DataFrame],
+    column: str,
+    title: str,
+    groups: Mapping[str, str] | None = None,
+    chance: str | None = None,
+    stamp: str = "",
+) -> None:
     """One quantity over training, one line a run.
 
     Args:
@@ -217,8 +312,16 @@ def draw_curve(path: Path, curves: Mapping[str, pd.DataFrame], column: str, titl
             group = groups[name] if groups else name
             color = INIT_COLORS.get(group, CLASS_COLORS[number % len(CLASS_COLORS)])
             line = LINES[number % len(LINES)] if not groups else "--" if group == "random" else "-"
-            axes.plot(part["x"], part[column], color=color, linestyle=line, linewidth=1.5, alpha=0.85,
-                      label=None if group in labelled else _plain(group), marker="." if len(part) < 30 else None)
+            axes.plot(
+                part["x"],
+                part[column],
+                color=color,
+                linestyle=line,
+                linewidth=1.5,
+                alpha=0.85,
+                label=None if group in labelled else _plain(group),
+                marker="." if len(part) < 30 else None,
+            )
             labelled.add(group)
         table = next((table for table in curves.values() if chance in table.columns), None)
         if table is not None:
@@ -243,8 +346,15 @@ def draw_gallery(path: Path, cases: Sequence[Mapping[str, Any]], title: str, sta
             text = figure.add_subplot(grid[row, 0])
             text.axis("off")
             word, color = ("right", "#1b6e3c") if case["correct"] else ("wrong", "#a61e1e")
-            text.text(0, 0.5, f"{word}\ntruth: {_plain(case['truth'])}\npredicted: {_plain(case['predicted'])}"
-                              f"\np = {case['probability']:.2f}", va="center", fontsize=9, color=color)
+            text.text(
+                0,
+                0.5,
+                f"{word}\ntruth: {_plain(case['truth'])}\npredicted: {_plain(case['predicted'])}"
+                f"\np = {case['probability']:.2f}",
+                va="center",
+                fontsize=9,
+                color=color,
+            )
             for column, image in enumerate(case["images"]):
                 axes = figure.add_subplot(grid[row, column + 1])
                 axes.imshow(image, cmap="gray", vmin=0, vmax=255)

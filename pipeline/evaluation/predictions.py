@@ -21,6 +21,8 @@ from pipeline.errors import DataError, LeakageError
 __all__ = ["Item", "ItemCard", "check_items", "item_name", "read_items", "test_rows"]
 
 KEYS = ["init", "seed", "fold", "part", "video", "patient", "frame", "label"]
+RECIPE = ("backbone", "image_size", "trainable", "head", "label_fraction", "selection")
+"""Card keys that must agree in all items, or a difference between initialisations would be one of recipes."""
 SUM_TOLERANCE = 1e-4
 """Probabilities are written as float32: a softmax over some hundred classes sums to 1 within far less than this."""
 
@@ -86,7 +88,9 @@ def _read_item(folder: Path) -> Item:
     table = _read_table(folder / "predictions.csv", card)
     name = item_name(card.init, card.seed, card.fold)
     if folder.name != name:
-        raise DataError(f"{folder.name}/card.json: describes item '{name}'. Folders must not be renamed; run finetune again.")
+        raise DataError(
+            f"{folder.name}/card.json: describes item '{name}'. Folders must not be renamed; run finetune again."
+        )
     return Item(name, folder, card, table)
 
 
@@ -102,7 +106,9 @@ def _read_card(path: Path) -> ItemCard:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]).replace("schema_", "schema")
-        raise DataError(f"{label}: {key}: got {first['input']!r}; {first['msg'].lower()}. Run finetune again.") from None
+        raise DataError(
+            f"{label}: {key}: got {first['input']!r}; {first['msg'].lower()}. Run finetune again."
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(f"{label}: not a readable card ({error}). Run finetune again.") from None
     if card.schema_ != 1:
@@ -160,14 +166,16 @@ def _check_rows(table: pd.DataFrame, columns: list[str], card: ItemCard, label: 
     twice = table[table.duplicated(["video", "frame"])]
     if len(twice):
         row = twice.iloc[0]
-        raise DataError(f"{label}: frame {row['frame']} of video {row['video']} is predicted twice. Run finetune again.")
+        raise DataError(
+            f"{label}: frame {row['frame']} of video {row['video']} is predicted twice. Run finetune again."
+        )
     values = table[columns].to_numpy()
     bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1 + SUM_TOLERANCE).any(axis=1)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise DataError(
             f"{label}: row {row + 2}: probabilities {values[row].tolist()}; allowed: finite numbers from 0 to 1. "
-            f"{int(bad.sum())} of {len(bad)} rows are affected: training has probably diverged; lower finetune.optimizer.lr."
+            f"{int(bad.sum())} of {len(bad)} rows are affected: training probably diverged; lower finetune.optimizer.lr."
         )
     off = np.abs(values.sum(axis=1) - 1) > SUM_TOLERANCE
     if off.any():
@@ -181,7 +189,7 @@ def check_items(items: Sequence[Item], splits: Splits, initialisations: Sequence
     Raises:
         LeakageError: a test group was seen in training, validation or (scope `fold`) pretraining; a video was predicted
             by a fold in which it is not a test video.
-        DataError: items are missing, classes, labels or groups disagree with the split, or videos are missing or double.
+        DataError: items are missing, classes, labels or groups disagree with the split, videos are missing or double.
     """
     _check_complete(items, splits, initialisations, seeds)
     for item in items:
@@ -190,13 +198,29 @@ def check_items(items: Sequence[Item], splits: Splits, initialisations: Sequence
         _check_leakage(item, splits)
         _check_labels(item, splits)
     _check_once(items)
+    _check_recipe(items)
 
 
-def _check_complete(items: Sequence[Item], splits: Splits, initialisations: Sequence[str], seeds: Sequence[int]) -> None:
+def _check_recipe(items: Sequence[Item]) -> None:
+    """One recipe for all: leftovers of other parameters must not be compared with new results."""
+    for key in RECIPE:
+        found: dict[str, str] = {}
+        for item in items:
+            value = item.card.selection if key == "selection" else (item.card.model_extra or {}).get(key)
+            if value is not None:
+                found.setdefault(json.dumps(value), item.name)
+        if len(found) > 1:
+            listed = ", ".join(f"{value} ({name})" for value, name in found.items())
+            raise DataError(
+                f"items were trained with different {key}: {listed}. Run `dvc repro finetune` for all of them."
+            )
+
+
+def _check_complete(
+    items: Sequence[Item], splits: Splits, initialisations: Sequence[str], seeds: Sequence[int]
+) -> None:
     present = {item.name for item in items}
-    wanted = [
-        item_name(init, seed, fold.fold) for init in initialisations for seed in seeds for fold in splits.folds
-    ]
+    wanted = [item_name(init, seed, fold.fold) for init in initialisations for seed in seeds for fold in splits.folds]
     missing = [name for name in wanted if name not in present]
     if missing:
         raise DataError(
@@ -208,8 +232,8 @@ def _check_complete(items: Sequence[Item], splits: Splits, initialisations: Sequ
 def _check_classes(item: Item, splits: Splits) -> None:
     if list(item.card.classes) != list(splits.classes):
         raise DataError(
-            f"item {item.name}: classes {', '.join(item.card.classes)} differ from the split's {', '.join(splits.classes)}. "
-            f"Run finetune again."
+            f"item {item.name}: classes {', '.join(item.card.classes)} differ from the split's "
+            f"{', '.join(splits.classes)}. Run finetune again."
         )
 
 
@@ -239,8 +263,8 @@ def _check_membership(item: Item, splits: Splits) -> None:
     if foreign:
         groups = sorted({splits.groups[video] for video in foreign})
         raise LeakageError(
-            f"item {item.name}, fold {item.card.fold}: {_some(foreign, 'video')} (groups {_some(groups)}) predicted as test, "
-            f"but not among the fold's test videos. Split and predictions do not belong together; run finetune again."
+            f"item {item.name}, fold {item.card.fold}: {_some(foreign, 'video')} (groups {_some(groups)}) predicted as "
+            f"test, but not among the fold's test videos. Split and predictions do not belong together; run finetune again."
         )
     missing = sorted(wanted - found)
     if missing:

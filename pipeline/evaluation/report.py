@@ -25,11 +25,21 @@ from pipeline.files import atomic_write
 from pipeline.tracking_context import environment_tags
 
 __all__ = [
-    "Picture", "ReportContent", "Table", "cautions", "headline_sentence", "interval_words", "verdict", "write_report",
+    "Picture",
+    "ReportContent",
+    "Table",
+    "cautions",
+    "headline_sentence",
+    "interval_words",
+    "verdict",
+    "write_report",
 ]
 
 METRIC_NAMES = {
-    "balanced_accuracy": "Balanced accuracy", "accuracy": "Accuracy", "macro_f1": "Macro F1", "macro_auroc": "AUROC",
+    "balanced_accuracy": "Balanced accuracy",
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "macro_auroc": "AUROC",
 }
 
 
@@ -125,7 +135,9 @@ def headline_sentence(metrics: Mapping[str, Any], confidence: float) -> str:
     unit = "patient" if metrics["group"] == "patient" else "group"
     parts = [
         f"Balanced accuracy per video {interval_words(values, 'balanced_accuracy', confidence)}",
-        plural(metrics["patients"], unit), plural(metrics["videos"], "video"), plural(metrics["folds"], "fold"),
+        plural(metrics["patients"], unit),
+        plural(metrics["videos"], "video"),
+        plural(metrics["folds"], "fold"),
     ]
     if metrics["seeds"] > 1:
         parts.append(f"mean of {metrics['seeds']} seeds")
@@ -143,21 +155,36 @@ def verdict(difference: Mapping[str, Any] | None, confidence: float) -> dict[str
         return None
     gain, low, high = (difference.get(f"balanced_accuracy{end}") for end in ("", "_low", "_high"))
     if gain is None or low is None or high is None:
-        return {"answer": "Unknown", "kind": "open", "sentence": "The difference could not be computed: too few patients."}
-    numbers = (f"{signed(gain)} balanced accuracy per video against the same network without pretraining "
-               f"({percent(confidence)} interval {signed(low)} to {signed(high)}, {p_words(difference.get('balanced_accuracy_p'))})")
+        return {
+            "answer": "Unknown",
+            "kind": "open",
+            "sentence": "The difference could not be computed: too few patients.",
+        }
     p_value = difference.get("balanced_accuracy_p")
+    numbers = (
+        f"{signed(gain)} balanced accuracy per video against the same network without pretraining "
+        f"({percent(confidence)} interval {signed(low)} to {signed(high)}, {p_words(p_value)})"
+    )
     clear = p_value is not None and p_value <= 1 - confidence
     if low > 0 and clear:
         return {"answer": "Yes", "kind": "yes", "sentence": f"{numbers}. The whole interval lies above zero."}
     if high < 0 and clear:
-        return {"answer": "No", "kind": "no",
-                "sentence": f"{numbers}. The whole interval lies below zero: on these data pretraining did harm."}
+        return {
+            "answer": "No",
+            "kind": "no",
+            "sentence": f"{numbers}. The whole interval lies below zero: on these data pretraining did harm.",
+        }
     if low <= 0 <= high:
-        return {"answer": "Not shown", "kind": "open",
-                "sentence": f"{numbers}. The interval contains zero: these patients are compatible with a gain and with a loss."}
-    return {"answer": "Not shown", "kind": "open",
-            "sentence": f"{numbers}. Interval and test do not agree, so the difference is not taken as shown."}
+        return {
+            "answer": "Not shown",
+            "kind": "open",
+            "sentence": f"{numbers}. The interval contains zero: the data are compatible with a gain and with a loss.",
+        }
+    return {
+        "answer": "Not shown",
+        "kind": "open",
+        "sentence": f"{numbers}. Interval and test do not agree, so the difference is not taken as shown.",
+    }
 
 
 def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
@@ -165,32 +192,52 @@ def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]
     lines: list[str] = []
     phantom = Path(config.data.source).as_posix() == "data/phantom"
     if phantom:
-        lines.append("The videos are synthetic phantoms. The numbers show that the pipeline works; they say nothing about patients.")
+        lines.append(
+            "The videos are synthetic phantoms. The numbers show that the pipeline works and say nothing of patients."
+        )
     if "optimistic" in metrics["stamp"]:
-        lines.append("The training epoch was chosen on the same patients that are reported (as some published protocols do). "
-                     "Expect lower values on new patients; use these numbers only to compare with such publications.")
+        lines.append(
+            "The training epoch was chosen on the same patients that are reported (as some published protocols do). "
+            "Expect lower values on new patients; use these numbers only to compare with such publications."
+        )
     if "transductive" in metrics["stamp"]:
-        lines.append("Pretraining saw the videos (not the labels) of the patients that are tested. Values for patients the encoder "
-                     "has never seen may be lower.")
+        lines.append(
+            "Pretraining saw the videos (not the labels) of the patients that are tested. Values for patients the "
+            "encoder has never seen may be lower."
+        )
     if metrics["group"] != "patient":
-        lines.append("Patient identities were not given, so videos were treated as independent. If two videos come from one "
-                     "patient, the values are too high and the intervals too narrow.")
+        lines.append(
+            "Patient identities were not given, so videos were treated as independent. If two videos come from one "
+            "patient, the values are too high and the intervals too narrow."
+        )
     if not phantom:
-        lines.append("Not for diagnosis, and not a statement about other hospitals, scanners or patient groups: all patients "
-                     "come from one collection, and no external validation was made.")
+        lines.append(
+            "Not for diagnosis, and not a statement about other hospitals, scanners or patient groups: all patients "
+            "come from one collection, and no external validation was made."
+        )
+    unit = "patient" if metrics["group"] == "patient" else "group"
+    count = metrics["patients"]
     if metrics[metrics["headline_init"]]["patient"]["accuracy"] == 1:
-        bound = 1 - (1 - config.evaluate.confidence) ** (1 / metrics["patients"])
-        lines.append(f"No patient was judged wrongly. That does not mean that errors do not happen: with {metrics['patients']} patients, "
-                     f"an error in {percent(bound)} of patients is still compatible with seeing none.")
-    if metrics["patients"] < 100:
-        lines.append(f"With {metrics['patients']} patients the interval is the message, not the number: two systems whose "
-                     "intervals overlap widely are not shown to differ.")
+        bound = 1 - (1 - config.evaluate.confidence) ** (1 / count)
+        lines.append(
+            f"No {unit} was judged wrongly. That does not mean that errors do not happen: with {plural(count, unit)}, "
+            f"an error in {percent(bound)} of {unit}s is still compatible with seeing none."
+        )
+    if count < 100:
+        lines.append(
+            f"With {plural(count, unit)} the interval is the message, not the number: two systems whose intervals "
+            "overlap widely are not shown to differ."
+        )
     if metrics["seeds"] == 1:
-        lines.append("One training run per fold: variation between repeated trainings is not in the intervals "
-                     "(finetune.seeds adds repeats).")
+        lines.append(
+            "One training run per fold: variation between repeated trainings is not in the intervals "
+            "(finetune.seeds adds repeats)."
+        )
     lines.append("Probabilities are not calibrated; a 0.9 does not mean nine in ten.")
     if any("excluded" in line for line in warnings):
-        lines.append("Rare classes were left out of the evaluation (see warnings); the task was easier than clinical practice.")
+        lines.append(
+            "Rare classes were left out of the evaluation (see warnings); the task was easier than clinical practice."
+        )
     return lines
 
 
@@ -221,7 +268,10 @@ def frame_uri(image: np.ndarray, side: int = 220) -> str:
 
 def _environment() -> Environment:
     jinja = Environment(
-        loader=PackageLoader("pipeline.evaluation", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("pipeline.evaluation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
     )
     jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri, shown=shown_size)
@@ -232,8 +282,15 @@ def _environment() -> Environment:
 def write_report(path: Path, content: ReportContent) -> None:
     """Render the page and write it atomically; about 1 MB for 20 cases of 3 frames."""
     main = content.metrics[content.metrics["headline_init"]]
-    page = _environment().get_template("report.html.j2").render(
-        c=content, m=content.metrics, main=main, headline=headline_sentence(content.metrics, content.confidence),
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            c=content,
+            m=content.metrics,
+            main=main,
+            headline=headline_sentence(content.metrics, content.confidence),
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        )
     )
     atomic_write(path, page)

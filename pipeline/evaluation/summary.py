@@ -1,7 +1,7 @@
 """The numbers of metrics.json: out-of-fold metrics per initialisation, folds, seeds, baseline and paired difference.
 
-Seeds are scored one by one and averaged. Whatever makes a number better than it would be for a new patient is a stamp that
-stands beside every number it touches.
+Seeds are scored one by one and averaged. Whatever makes a number better than it would be for a new patient is a stamp
+that stands beside every number it touches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPTIMISTIC = "optimistic (selected on test)"
 TRANSDUCTIVE = "transductive pretraining"
 LEVELS = ("frame", "video", "patient")
 METRICS = tuple(METRIC_NAMES)
-"""Metrics with intervals and differences; the others (AUPRC, log loss, Brier score, calibration error) stand without."""
+"""Metrics with intervals and differences; others (AUPRC, log loss, Brier score, calibration error) have none."""
 BASELINE_METRICS = ("balanced_accuracy", "accuracy", "macro_f1")
 """Metrics of the hard decision; a constant answer has no ranking."""
 
@@ -48,17 +48,26 @@ def _stamps(config: Config, items: Sequence[Item], splits: Splits) -> list[str]:
     return list(stamps)
 
 
-def summarise(config: Config, splits: Splits, items: Sequence[Item], tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def summarise(
+    config: Config, splits: Splits, items: Sequence[Item], tables: Mapping[str, pd.DataFrame]
+) -> dict[str, Any]:
     """All numbers of metrics.json from the tables of the three levels; see `evaluate`."""
     inits = list(dict.fromkeys(config.finetune.initialisations))
     first = "pretrained" if "pretrained" in inits else inits[0]
     stamps = {init: _stamps(config, [item for item in items if item.card.init == init], splits) for init in inits}
     metrics: dict[str, Any] = {
-        "schema": 1, "headline_init": first, "group": splits.group, "stamp": ", ".join(dict.fromkeys(sum(stamps.values(), []))),
-        "patients": len({splits.groups[video] for video in splits.labels}), "videos": len(splits.labels),
-        "frames": len(tables["frame"].drop_duplicates(["video", "frame"])), "folds": len(splits.folds),
-        "seeds": len(set(config.finetune.seeds)), "chance": 1 / len(splits.classes),
-        "aggregation": config.evaluate.aggregation, "bootstrap": config.evaluate.bootstrap,
+        "schema": 1,
+        "headline_init": first,
+        "group": splits.group,
+        "stamp": ", ".join(dict.fromkeys(sum(stamps.values(), []))),
+        "patients": len({splits.groups[video] for video in splits.labels}),
+        "videos": len(splits.labels),
+        "frames": len(tables["frame"].drop_duplicates(["video", "frame"])),
+        "folds": len(splits.folds),
+        "seeds": len(set(config.finetune.seeds)),
+        "chance": 1 / len(splits.classes),
+        "aggregation": config.evaluate.aggregation,
+        "bootstrap": config.evaluate.bootstrap,
         "confidence": config.evaluate.confidence,
     }
     for init in inits:
@@ -86,7 +95,10 @@ def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: s
             result[f"{name}_seed_sd"] = stdev(values) if None not in values else None
     settings = config.evaluate
     intervals = bootstrap_intervals(
-        Scores.from_table(table, classes), METRICS, replicates=settings.bootstrap, confidence=settings.confidence,
+        Scores.from_table(table, classes),
+        METRICS,
+        replicates=settings.bootstrap,
+        confidence=settings.confidence,
         seed=settings.seed,
     )
     for name in METRICS:
@@ -113,14 +125,17 @@ def _average(values: Sequence[Any]) -> Any:
     return first if isinstance(first, (str, bool)) or len(values) == 1 else mean(values)
 
 
-def _one_initialisation(config: Config, splits: Splits, tables: Mapping[str, pd.DataFrame], stamp: str) -> dict[str, Any]:
+def _one_initialisation(
+    config: Config, splits: Splits, tables: Mapping[str, pd.DataFrame], stamp: str
+) -> dict[str, Any]:
     """All levels, every fold at video level, and mean and standard deviation over folds."""
     result: dict[str, Any] = {level: _level(config, tables[level], splits.classes, stamp) for level in LEVELS}
     videos = tables["video"]
     folds = {str(fold): _level(config, part, splits.classes, stamp) for fold, part in videos.groupby("fold")}
     kept = tuple(f"{name}{end}" for name in METRICS for end in ("", "_low", "_high"))
     result["folds"] = {
-        fold: {key: values[key] for key in ("n", "patients", *kept, "undefined", "stamp")} for fold, values in folds.items()
+        fold: {key: values[key] for key in ("n", "patients", *kept, "undefined", "stamp")}
+        for fold, values in folds.items()
     }
     spread: dict[str, Any] = {}
     for name in METRICS:
@@ -154,14 +169,21 @@ def _differences(config: Config, splits: Splits, tables: Mapping[str, pd.DataFra
     result: dict[str, Any] = {}
     for level in LEVELS:
         table = tables[level]
-        first, second = (Scores.from_table(table[table["init"] == init], splits.classes) for init in ("pretrained", "random"))
-        # Ranking every frame anew in ten thousand exchanges takes minutes on large data and answers no clinical question.
+        first, second = (
+            Scores.from_table(table[table["init"] == init], splits.classes) for init in ("pretrained", "random")
+        )
+        # Ranking every frame anew in ten thousand exchanges takes minutes on large data and answers no question.
         names = BASELINE_METRICS if level == "frame" else METRICS
         values: dict[str, Any] = {"stamp": stamp}
         for name in names:
-            drawn = paired_bootstrap(first, second, name, replicates=settings.bootstrap, confidence=settings.confidence,
-                                     seed=settings.seed)
-            values |= {name: drawn.difference, f"{name}_low": drawn.low, f"{name}_high": drawn.high,
-                       f"{name}_p": permutation_test(first, second, name, seed=settings.seed).p_value}
+            drawn = paired_bootstrap(
+                first, second, name, replicates=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
+            )
+            values |= {
+                name: drawn.difference,
+                f"{name}_low": drawn.low,
+                f"{name}_high": drawn.high,
+                f"{name}_p": permutation_test(first, second, name, seed=settings.seed).p_value,
+            }
         result[level] = values
     return result
