@@ -132,9 +132,10 @@ def test_numbers__seeds_are_averaged_and_their_spread_is_shown(tmp_path):
 
 def test_numbers__same_bytes_twice(fake):
     run(fake)
-    first = (fake.root / "reports/evaluate/metrics.json").read_bytes()
+    names = ("metrics.json", "details.json", "predictions_video.csv", "pictures/roc_random.png")
+    first = [(fake.root / "reports/evaluate" / name).read_bytes() for name in names]
     run(fake)
-    assert (fake.root / "reports/evaluate/metrics.json").read_bytes() == first
+    assert [(fake.root / "reports/evaluate" / name).read_bytes() for name in names] == first
 
 
 def test_numbers__one_initialisation_has_no_difference(tmp_path):
@@ -206,7 +207,12 @@ def test_files__tables_for_dvc(fake):
     folds = pd.read_csv(output / "folds.csv")
     assert len(folds) == 6 and {"init", "fold", "balanced_accuracy", "balanced_accuracy_low"} <= set(folds.columns)
     assert len(pd.read_csv(output / "predictions.csv")) == 2 * 24 * 4
-    assert json.loads((output / "metrics.json").read_text()) == metrics
+    assert json.loads((output / "details.json").read_text()) == metrics
+    short = json.loads((output / "metrics.json").read_text())
+    assert (
+        short["pretrained"]["video"]["balanced_accuracy_low"] == metrics["pretrained"]["video"]["balanced_accuracy_low"]
+    )
+    assert short["pretraining_gain"] == metrics["pretraining_gain"] and "per_class" not in short["pretrained"]["video"]
     assert {path.name for path in (output / "pictures").iterdir()} >= {
         "comparison.png",
         "confusion_pretrained.png",

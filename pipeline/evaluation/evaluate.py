@@ -1,4 +1,4 @@
-"""From the predictions of all folds to metrics.json, tables, pictures and the report.
+"""From the predictions of all folds to metrics.json, details.json, tables, pictures and the report.
 
 Refuses what cannot be trusted (`predictions`), computes the numbers (`summary`), and lets `pages` show them.
 """
@@ -23,7 +23,7 @@ from pipeline.evaluation.summary import METRICS, summarise
 from pipeline.files import atomic_write, write_json
 from pipeline.tracking import NullTracker
 
-__all__ = ["evaluate", "headline_metrics", "log_results"]
+__all__ = ["compact", "evaluate", "headline_metrics", "log_results"]
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
         stages: rows of `link_skipped`, shown in the report.
 
     Returns:
-        The content of metrics.json.
+        The content of details.json, of which metrics.json is the part worth a column in `dvc exp show`.
 
     Raises:
         DataError, LeakageError: see `pipeline.evaluation.predictions.check_items`.
@@ -63,7 +63,8 @@ def evaluate(
     }
     metrics = summarise(config, splits, items, tables)
     roc = write_tables(output, metrics, splits.classes, tables)
-    write_json(output / "metrics.json", metrics)
+    write_json(output / "metrics.json", compact(metrics))
+    write_json(output / "details.json", metrics)
     results = Results(items, tables, metrics, roc, [*splits.warnings, *warnings], stages)
     write_pages(config, splits, store, results, output)
     return metrics
@@ -92,6 +93,29 @@ def initialisations(metrics: Mapping[str, Any]) -> list[str]:
     """The initialisations that were judged, the headline first."""
     first = metrics["headline_init"]
     return [first, *(name for name in ("pretrained", "random") if name in metrics and name != first)]
+
+
+def compact(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers worth a column in `dvc exp show`: every value here becomes one."""
+    ends = ("", "_low", "_high")
+    top = ("balanced_accuracy", "pretraining_gain")
+    result: dict[str, Any] = {
+        f"{name}{end}": metrics[f"{name}{end}"] for name in top for end in ends if name in metrics
+    }
+    if "pretraining_gain_p" in metrics:
+        result["pretraining_gain_p"] = metrics["pretraining_gain_p"]
+    result |= {"stamp": metrics["stamp"] or "none", "patients": metrics["patients"], "videos": metrics["videos"]}
+    for init in initialisations(metrics):
+        video, patient = metrics[init]["video"], metrics[init]["patient"]
+        result[init] = {
+            "video": {f"{name}{end}": video[f"{name}{end}"] for name in METRICS for end in ends},
+            "patient": {f"balanced_accuracy{end}": patient[f"balanced_accuracy{end}"] for end in ends},
+            "frame": {"balanced_accuracy": metrics[init]["frame"]["balanced_accuracy"]},
+            "fold_sd": metrics[init]["fold_mean"]["balanced_accuracy_sd"],
+            "stamp": metrics[init]["stamp"] or "none",
+        }
+    result["majority"] = {"accuracy": metrics["majority"]["video"]["accuracy"]}
+    return result
 
 
 def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -127,7 +151,7 @@ def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) 
     tags = {"stamp": metrics["stamp"] or "none", "headline": metrics["headline"]}
     tracker.set_tags(tags)
     tracker.set_parent_tags(tags)
-    for name in ("metrics.json", "predictions.csv", "predictions_video.csv", "pictures"):
+    for name in ("metrics.json", "details.json", "predictions.csv", "predictions_video.csv", "pictures"):
         tracker.log_artifact(output / name)
     tracker.log_parent_artifact(output / "report.html")
 

@@ -175,7 +175,7 @@ def _check_rows(table: pd.DataFrame, columns: list[str], card: ItemCard, label: 
         row = int(np.flatnonzero(bad)[0])
         raise DataError(
             f"{label}: row {row + 2}: probabilities {values[row].tolist()}; allowed: finite numbers from 0 to 1. "
-            f"{int(bad.sum())} of {len(bad)} rows are affected: training probably diverged; lower finetune.optimizer.lr."
+            f"{int(bad.sum())} of {len(bad)} rows are such: training probably diverged; lower finetune.optimizer.lr."
         )
     off = np.abs(values.sum(axis=1) - 1) > SUM_TOLERANCE
     if off.any():
@@ -264,7 +264,7 @@ def _check_membership(item: Item, splits: Splits) -> None:
         groups = sorted({splits.groups[video] for video in foreign})
         raise LeakageError(
             f"item {item.name}, fold {item.card.fold}: {_some(foreign, 'video')} (groups {_some(groups)}) predicted as "
-            f"test, but not among the fold's test videos. Split and predictions do not belong together; run finetune again."
+            f"test, but not among the fold's test videos. They do not belong to this split; run finetune again."
         )
     missing = sorted(wanted - found)
     if missing:

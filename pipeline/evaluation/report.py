@@ -65,7 +65,7 @@ class Table:
 
 @dataclass
 class ReportContent:
-    """Everything the page shows. `metrics` is the content of metrics.json."""
+    """Everything the page shows. `metrics` is the content of details.json."""
 
     title: str
     metrics: Mapping[str, Any]

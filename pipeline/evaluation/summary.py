@@ -1,4 +1,4 @@
-"""The numbers of metrics.json: out-of-fold metrics per initialisation, folds, seeds, baseline and paired difference.
+"""The numbers of details.json: out-of-fold metrics per initialisation, folds, seeds, baseline and paired difference.
 
 Seeds are scored one by one and averaged. Whatever makes a number better than it would be for a new patient is a stamp
 that stands beside every number it touches.
@@ -51,7 +51,7 @@ def _stamps(config: Config, items: Sequence[Item], splits: Splits) -> list[str]:
 def summarise(
     config: Config, splits: Splits, items: Sequence[Item], tables: Mapping[str, pd.DataFrame]
 ) -> dict[str, Any]:
-    """All numbers of metrics.json from the tables of the three levels; see `evaluate`."""
+    """All numbers of details.json from the tables of the three levels; see `evaluate`."""
     inits = list(dict.fromkeys(config.finetune.initialisations))
     first = "pretrained" if "pretrained" in inits else inits[0]
     stamps = {init: _stamps(config, [item for item in items if item.card.init == init], splits) for init in inits}
