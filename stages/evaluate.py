@@ -10,12 +10,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.cli import run_stage
-from pipeline.config import fingerprint, load_config
-from pipeline.data.splits import Splits
-from pipeline.data.store import FrameStore
-from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results
-from pipeline.tracking import link_skipped, open_tracker
+# A queued experiment runs in a copy of the project: its own code comes before the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.cli import run_stage  # noqa: E402
+from pipeline.config import fingerprint, load_config  # noqa: E402
+from pipeline.data.splits import Splits  # noqa: E402
+from pipeline.data.store import FrameStore  # noqa: E402
+from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results  # noqa: E402
+from pipeline.tracking import link_skipped, open_tracker  # noqa: E402
 
 
 def main() -> None:

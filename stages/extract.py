@@ -11,11 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.cli import run_stage
-from pipeline.config import load_config
-from pipeline.data.extract import extract_source, extraction_fingerprint
-from pipeline.data.manifest import Manifest
-from pipeline.tracking import open_tracker
+# A queued experiment runs in a copy of the project: its own code comes before the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.cli import run_stage  # noqa: E402
+from pipeline.config import load_config  # noqa: E402
+from pipeline.data.extract import extract_source, extraction_fingerprint  # noqa: E402
+from pipeline.data.manifest import Manifest  # noqa: E402
+from pipeline.tracking import open_tracker  # noqa: E402
 
 
 def main() -> None:

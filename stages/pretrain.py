@@ -12,8 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.cli import run_stage
-from pipeline.config import load_config
+# A queued experiment runs in a copy of the project: its own code comes before the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.cli import run_stage  # noqa: E402
+from pipeline.config import load_config  # noqa: E402
 
 
 def main() -> None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.cli import run_stage
-from pipeline.config import fingerprint, load_config
-from pipeline.data.split_report import describe_folds, run_split
-from pipeline.tracking import open_tracker
+# A queued experiment runs in a copy of the project: its own code comes before the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.cli import run_stage  # noqa: E402
+from pipeline.config import fingerprint, load_config  # noqa: E402
+from pipeline.data.split_report import describe_folds, run_split  # noqa: E402
+from pipeline.tracking import open_tracker  # noqa: E402
 
 
 def main() -> None:
