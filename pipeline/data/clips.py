@@ -79,7 +79,8 @@ def distance_window(
     else:
         factor = math.prod(decay_factor(e, decay_start, decay_epochs) for e in range(decay_start, epoch + 1))
     now = low * factor, high * factor
-    return (max(floors[0], now[0]), max(floors[1], now[1])) if floors else now
+    # A floor above the starting window must not widen it.
+    return (max(min(floors[0], low), now[0]), max(min(floors[1], high), now[1])) if floors else now
 
 
 def draw_indices(candidates: np.ndarray, count: int, rng: np.random.Generator, replacement: bool = False) -> np.ndarray:
