@@ -1,0 +1,1 @@
+"""Sonoscope: from ultrasound and endoscopy video to a cross-validated report."""

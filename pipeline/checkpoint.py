@@ -6,14 +6,13 @@ import json
 import os
 import pickle
 import shutil
-import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError
@@ -47,7 +46,11 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
             f"{path.name}: could not be written ({error.strerror or error}; {free:.1f} GiB free in the scratch folder). "
             f"Free some space and start the same command again: it continues from the last checkpoint."
         ) from None
-    for old in sorted(folder.glob("state-*.pt"))[:-keep]:
+    # A later step than this one is a file that could not be read when the run continued: were it counted among the
+    # newest, it would push out the good ones.
+    others = sorted(folder.glob("state-*.pt"))
+    before, after = [p for p in others if p.name < path.name], [p for p in others if p.name > path.name]
+    for old in [*before[: max(0, len(before) - keep + 1)], *after, *folder.glob("state-*.part")]:
         old.unlink(missing_ok=True)
     return path
 
@@ -59,8 +62,12 @@ def load_checkpoint(path: Path, fingerprint: str) -> dict[str, Any]:
         CheckpointError: damaged, of another format, or of another run (its fingerprint differs).
     """
     try:
+        # torch reads tensors without comparing their check sums: a flipped bit would become a slightly wrong result.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, struct.error) as error:
+    except Exception as error:  # damaged bytes fail in a dozen ways inside zip and pickle readers
         raise CheckpointError(f"{path.name}: not a readable checkpoint ({type(error).__name__}). Delete it to start over.") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path.name}: not a Sonoscope checkpoint of format {FORMAT}. Delete it to start over.")
@@ -111,7 +118,7 @@ def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.T
             f"{key}: {path.name} is refused: it holds Python objects that would run code when loaded, or is not a torch file. "
             f"Only plain tensors are read; ask its author for a state dict or a safetensors file."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError, struct.error) as error:
+    except Exception as error:  # damaged bytes fail in a dozen ways inside zip, pickle and safetensors readers
         raise CheckpointError(f"{key}: {path.name} is not a readable weights file ({type(error).__name__}).") from None
     for name in ("state_dict", "model", "model_state_dict"):
         if isinstance(raw, dict) and isinstance(raw.get(name), dict):

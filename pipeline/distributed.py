@@ -69,8 +69,10 @@ def all_gather_rows(x: torch.Tensor) -> torch.Tensor:
     """Rows of all processes in rank order, without gradient. [B, ...] -> [W * B, ...]; B is equal on all ranks."""
     if world_size() == 1:
         return x.detach()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
+    mine = x.detach().contiguous()
+    # Not empty_like(x): that would keep a channels-last layout, which the gather would fill in the wrong order.
+    parts = [torch.empty(mine.shape, dtype=mine.dtype, device=mine.device) for _ in range(world_size())]
+    dist.all_gather(parts, mine)
     return torch.cat(parts)
 
 
@@ -83,7 +85,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # the incoming buffer may have other readers
         dist.all_reduce(grad)
         rows = len(grad) // world_size()
         return grad[rank() * rows : (rank() + 1) * rows]

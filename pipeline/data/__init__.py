@@ -1,0 +1,1 @@
+"""Video in, frames, tables, splits and training samples out; no networks here."""

@@ -15,6 +15,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from pipeline.checkpoint import read_state_dict
 from pipeline.errors import CheckpointError
 from pipeline.registry import BACKBONES
 
@@ -81,4 +82,4 @@ def imagenet_state(name: str) -> dict[str, torch.Tensor]:
             f"`python -c \"import torchvision; torchvision.models.get_model('{name}', weights='IMAGENET1K_V1')\"` and copy "
             f"that file there, or set pretrain.init to random or to a path of weights (torchvision {torchvision.__version__} names)."
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return read_state_dict(path)
