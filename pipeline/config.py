@@ -10,10 +10,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.files import hash_bytes
@@ -26,10 +26,24 @@ __all__ = [
 ]
 
 
-class Section(BaseModel):
-    """Base of every parameter model: frozen, no unknown keys, no silent conversion of text to numbers."""
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or bool in get_args(annotation)
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+class Section(BaseModel):
+    """Base of every parameter model: frozen, no unknown keys, finite numbers.
+
+    A number may be written as text, because YAML reads 1e-3 as text; true and false are no numbers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and not _takes_bool(cls.model_fields[info.field_name].annotation):
+            raise ValueError(f"got {value}; a number or text is wanted here (quote the word if text is meant)")
+        return value
 
 
 class PhantomParams(Section):
@@ -41,7 +55,7 @@ class PhantomParams(Section):
     frames_per_second: float = Field(12.0, gt=0)
     size: int = Field(160, ge=48)
     """Side of the written videos in pixels."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 class SourceParams(Section):
@@ -100,7 +114,7 @@ class SplitParams(Section):
     """Outer folds by number: 0, 1, ... k-1. DVC runs one pretraining and one fine-tuning item per fold."""
     inner_folds: int = Field(3, ge=2)
     """Training patients are divided into this many parts; one of them is the inner validation part."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     file: str | None = None
     """A split made elsewhere (see the README for its form); it is checked, not trusted."""
     rare_classes: Literal["exclude", "fail"] = "exclude"
@@ -187,7 +201,7 @@ class PretrainParams(Section):
     """Micro-batches a step; in-batch negatives are then those of one micro-batch."""
     samples_per_video: int = Field(1, ge=1)
     """Samples drawn from a video in one epoch; the published UCL draws one."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     optimizer: OptimizerParams = Field(default_factory=OptimizerParams)
     monitor: MonitorParams = Field(default_factory=MonitorParams)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -213,7 +227,7 @@ class FinetuneParams(Section):
     source: str = "main"
     initialisations: list[Literal["pretrained", "random"]] = Field(default_factory=lambda: ["pretrained", "random"])
     """Encoders to fine-tune; `random` is the same network untrained, so that every report says what pretraining brings."""
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default_factory=lambda: [0], min_length=1)
     trainable: str = "last_block"
     """`linear` (classifier only), `last_block`, `all`, or a parameter-name prefix such as `layer4.1`."""
     head: str = "linear"
@@ -245,7 +259,7 @@ class EvaluateParams(Section):
     bootstrap: int = Field(2000, ge=100)
     """Patient-level bootstrap replicates."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     title: str = "Sonoscope report"
 
 
@@ -294,6 +308,9 @@ def _valid_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys allowed beside the last element of `location`, or [] where the schema is open (free dictionaries)."""
     current: Any = model
     for part in location[:-1]:
+        if get_origin(current) is dict:
+            current = get_args(current)[1]
+            continue
         field = current.model_fields.get(part) if isinstance(current, type) and issubclass(current, BaseModel) else None
         if field is None:
             return []
@@ -327,7 +344,8 @@ def _problems(model: type[Section], values: Any, prefix: tuple[str, ...] = ()) -
                 hint = f" Did you mean '{near[0]}'?" if near else ""
                 lines[key] = f"{key}: unknown key (value {problem['input']!r}).{hint} Allowed here: {', '.join(known)}"
             else:
-                found = "" if problem["type"] == "missing" else f"got {problem['input']!r}; "
+                # Our own validators say themselves what they got; the input of one over several keys is the whole block.
+                found = "" if problem["type"] in ("missing", "value_error") else f"got {problem['input']!r}; "
                 text = f"{found}{_allowed(problem)}"
                 lines[key] = f"{lines[key]}, or {_allowed(problem)}" if key in lines else f"{key}: {text}"
         return None, list(lines.values())
@@ -368,7 +386,9 @@ def load_config(path: Path | str = "params.yaml") -> Config:
         raise ConfigError(f"{path}: not found. Run from the project folder, where params.yaml lies.")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2021-13-45 is a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
@@ -390,7 +410,7 @@ def load_config(path: Path | str = "params.yaml") -> Config:
         methods[name], more = _problems(params, block or {}, ("methods", name))
         lines += more
     chosen = (raw.get("pretrain") or {}).get("method", "ucl") if isinstance(raw.get("pretrain"), dict) else "ucl"
-    if chosen not in methods:
+    if isinstance(chosen, str) and chosen not in methods:
         try:
             methods[chosen] = METHODS.get(chosen).Params()
         except ConfigError as error:
