@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
-    "StopFlag", "all_gather_rows", "any_rank", "barrier", "gather_with_gradient", "is_main", "local_rank", "process_group",
+    "StopFlag", "all_gather_rows", "barrier", "gather_with_gradient", "highest", "is_main", "local_rank", "process_group",
     "rank", "reduce_mean", "world_size",
 ]
 
@@ -108,13 +108,13 @@ def reduce_mean(value: torch.Tensor) -> torch.Tensor:
     return value / world_size()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every process if it is true on one, so that all stop at the same step."""
+def highest(value: int, device: torch.device) -> int:
+    """The largest of one small number over processes, so that all save or stop at the same step."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)
 
 
 class StopFlag:

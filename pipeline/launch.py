@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.config import LaunchParams
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, StoppedError
 
 __all__ = ["is_worker", "launch", "process_count", "threads_per_process"]
 
@@ -37,19 +37,22 @@ def process_count(params: LaunchParams) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def threads_per_process(params: LaunchParams) -> int:
-    """CPU threads of this process: the given number, or the cores shared among the processes of this machine."""
+def threads_per_process(params: LaunchParams, processes: int | None = None) -> int:
+    """CPU threads of a process: the given number, or the cores shared among the processes of this machine.
+
+    `processes` is how many there will be; None asks torchrun's environment how many there are.
+    """
     if params.threads != "auto":
         return max(1, params.threads)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def launch(script: Path, arguments: list[str], processes: int, threads: int) -> None:
     """Run `script` under torchrun with `processes` workers and wait; signals are passed on so that workers can save.
 
     Raises:
-        PipelineError: a worker failed; its own message stands above.
+        StoppedError: it was asked to stop by a signal. PipelineError: a worker failed; its own message stands above.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0",
@@ -59,7 +62,10 @@ def launch(script: Path, arguments: list[str], processes: int, threads: int) -> 
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     child = subprocess.Popen(command, env=environment)
 
+    stopped: list[str] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
+        stopped.append(signal.Signals(number).name)
         child.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -67,9 +73,15 @@ def launch(script: Path, arguments: list[str], processes: int, threads: int) -> 
         code = child.wait()
     except KeyboardInterrupt:
         # The terminal has sent SIGINT to the workers as well: they save and leave.
+        stopped.append("SIGINT")
         code = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code and stopped:
+        raise StoppedError(
+            f"{script.name}: stopped by {stopped[0]}; each worker says above whether it has saved its state. Start the same command "
+            f"again to continue."
+        )
     if code:
         raise PipelineError(f"{script.name}: {processes} processes were started and at least one failed (exit status {code}); see above.")

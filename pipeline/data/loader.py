@@ -19,6 +19,7 @@ import torch
 from pipeline.config import AugmentationParams
 from pipeline.data.frames import FrameCache
 from pipeline.data.transforms import draw_view, normalize, render
+from pipeline.errors import DataError, PipelineError
 
 __all__ = ["ClipLoader", "SamplingPlan", "epoch_order", "sample_generator"]
 
@@ -88,8 +89,10 @@ class ClipLoader:
         parts = self.world * plan.accumulate
         for step in range(first_step, self.steps_per_epoch):
             chunk = order[step * plan.batch_size : (step + 1) * plan.batch_size]
-            # All processes need equally many rows: the batch is filled up with its own first samples.
-            chunk = np.resize(chunk, (-(-len(chunk) // parts) * parts, 2))
+            # All processes need equally many rows, and batch norm more than one where the batch size allows it: a batch
+            # that is too small is filled up with the first samples of the epoch.
+            rows = max(-(-len(chunk) // parts), 2 if plan.batch_size >= 2 * parts else 1)
+            chunk = np.concatenate([chunk, np.resize(order, (rows * parts - len(chunk), 2))])
             for micro in np.split(chunk, plan.accumulate):
                 yield np.split(micro, self.world)[self.rank]
 
@@ -128,8 +131,14 @@ class ClipLoader:
     def _finish(self, item: Any, device: torch.device, batch_type: Any) -> Any:
         pairs, out, futures = item
         start = time.perf_counter()
-        for future in futures:
-            future.result()
+        for pair, future in zip(pairs, futures, strict=True):
+            try:
+                future.result()
+            except PipelineError:
+                raise
+            except Exception as error:
+                video = self.frames.videos[int(pair[0])].video
+                raise DataError(f"video {video}: no sample could be made of it ({type(error).__name__}: {error})") from error
         self.waited += time.perf_counter() - start
         frames = {}
         for role, array in out.items():

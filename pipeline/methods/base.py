@@ -149,8 +149,11 @@ class Method:
         """Loss of one micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: a method computes a loss")
 
-    def chance_loss(self, progress: Progress) -> float:
-        """The loss of a network that knows nothing: log(number of logits). Told in the log, so that a user can judge."""
+    def chance_loss(self, progress: Progress) -> float | torch.Tensor:
+        """What a network that knows nothing would have lost in the step just made: log(number of logits).
+
+        Told in the log, so that a user can judge. A tensor where the number lies on the device.
+        """
         raise NotImplementedError(f"{type(self).__name__} is abstract: a method knows its chance loss")
 
     def extra_state(self) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ because on small sets they come round again every epoch.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +56,7 @@ class MoCo(Method):
         self.networks["key_head"] = momentum.momentum_copy(self.networks["head"])
         dtype = next(backbone.parameters()).dtype
         self.bank = momentum.EmbeddingBank(params.queue_size, params.embedding_dim, dtype=dtype)
+        self._chance: float | torch.Tensor = 0.0
 
     @classmethod
     def draw(cls, params: MoCoParams, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -78,9 +78,8 @@ class MoCo(Method):
             )
         return warnings
 
-    def chance_loss(self, progress: Progress) -> float:
-        written = int((self.bank.videos >= 0).sum())
-        return math.log(1 + written)
+    def chance_loss(self, progress: Progress) -> float | torch.Tensor:
+        return self._chance
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         return {f"bank.{name}": value for name, value in self.bank.state().items()}
@@ -99,6 +98,7 @@ class MoCo(Method):
         q = self.encode(images[:, 0])
         key = self.encode_keys(images[:, 1], progress, params.batch_shuffle)
         allowed = self.bank.allowed(batch.video, exclude_own=params.queue_exclude_own_video, mask_unwritten=True)
+        self._chance = allowed.sum(1).float().log1p().mean()
         # Cloned: the queue is overwritten below, before the backward pass reads it.
         logits = losses.info_nce_logits(q, key, self.bank.rows.clone(), params.temperature, allowed)
         self.bank.write(distributed.all_gather_rows(key), distributed.all_gather_rows(batch.video))

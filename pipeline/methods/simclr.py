@@ -46,6 +46,7 @@ class SimCLR(Method):
     def __init__(self, backbone: torch.nn.Module, params: SimCLRParams, context: MethodContext) -> None:
         super().__init__(backbone, params, context)
         self.networks["head"] = heads.projection_mlp(context.feature_dim, params.embedding_dim)
+        self._logits = 2 * context.global_batch - 1
 
     @classmethod
     def draw(cls, params: SimCLRParams, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -58,13 +59,14 @@ class SimCLR(Method):
         return []
 
     def chance_loss(self, progress: Progress) -> float:
-        return math.log(max(1, 2 * self.context.global_batch - 1))
+        return math.log(max(1, self._logits))
 
     def step(self, batch: ClipBatch, progress: Progress) -> StepOutput:
         """One pass over both views: [B, 2, 3, H, W] -> two [B, D]."""
         images = batch.frames["view"]
         views = self.encode(images.transpose(0, 1).flatten(0, 1)).chunk(2)
         gathered = tuple(distributed.gather_with_gradient(view) for view in views)
+        self._logits = 2 * len(gathered[0]) - 1
         offset = distributed.rank() * len(views[0])
         loss = losses.nt_xent(views, gathered, self.params.temperature, offset)
         return StepOutput(loss, {"positive_similarity": (views[0] * views[1]).sum(1).mean().detach()})

@@ -46,6 +46,9 @@ def _encoder_card(init: str, fold: Fold, splits: Splits) -> dict[str, Any]:
     if not (folder / "card.json").is_file():
         raise CheckpointError(f"{folder}: no encoder. Run the pretrain stage first (dvc repro pretrain@{fold.fold}).")
     card = read_json(folder / "card.json")
+    missing = [name for name in ("groups", "scope", "method", "fingerprint") if name not in card] if isinstance(card, dict) else ["all"]
+    if missing:
+        raise CheckpointError(f"{folder / 'card.json'}: lacks {', '.join(missing)}. Run the pretrain stage again.")
     shared = sorted(set(card["groups"]) & set(splits.groups_of(fold.test)))
     if shared and card["scope"] == "fold":
         raise LeakageError(
@@ -58,8 +61,8 @@ def _encoder_card(init: str, fold: Fold, splits: Splits) -> dict[str, Any]:
 def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: dict[str, list[str]], digest: str) -> str:
     """Everything that determines the predictions; for `random` that is independent of pretraining."""
     code = code_digest(
-        "training/finetune.py", "training/optim.py", "models/classifier.py", "models/backbones.py", "models/heads.py",
-        "data/transforms.py", "evaluation/features.py",
+        "training/finetune.py", "training/finetune_stage.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
+        "models/heads.py", "data/transforms.py", "data/frames.py", "data/loader.py", "evaluation/features.py", "evaluation/metrics.py",
     )
     finetune = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})
     labels = sorted((video, splits.labels[video], splits.groups[video]) for part in parts.values() for video in part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 from pipeline.config import MonitorParams
 from pipeline.data.frames import FrameCache
+from pipeline.errors import PipelineError
 from pipeline.evaluation.features import collapse_statistics, embed_frames, evenly_spaced, neighbor_accuracy
 
-__all__ = ["Monitor", "Throughput", "epoch_line"]
+__all__ = ["Monitor", "Throughput", "chance_warning", "epoch_line"]
 
 
 class Monitor:
@@ -35,6 +37,10 @@ class Monitor:
     def measure(self, backbone: nn.Module, device: torch.device, normalization: str) -> dict[str, float]:
         """`embedding_std`, `effective_rank`, and `knn_balanced_accuracy` where labels allow it."""
         features = embed_frames(backbone, self.frames, self.items, size=self.size, device=device, normalization=normalization)
+        if not torch.isfinite(features).all():
+            raise PipelineError(
+                "pretrain: the backbone gives numbers that are not finite. Lower pretrain.optimizer.lr, or set pretrain.precision to float32."
+            )
         numbers = collapse_statistics(features)
         accuracy = neighbor_accuracy(features, self.labels, self.groups, self.params.neighbors)
         return numbers if accuracy is None else {**numbers, "knn_balanced_accuracy": accuracy}
@@ -48,6 +54,26 @@ class Monitor:
                 f"{numbers['effective_rank']:.1f}). Lower the learning rate, raise the temperature, or use more negatives."
             )
         return None
+
+
+def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, rate: float) -> tuple[int, str] | None:
+    """(epoch, sentence) for the first epoch behind the first quarter of training whose mean loss is not 1 % below chance.
+
+    Statistics of the backbone cannot show this: the head alone may map all images to one point while the backbone still
+    spreads them.
+
+    Args:
+        rows: curves so far, with `epoch`, `loss` and `chance_loss`. epochs: of the whole run. rate: the given learning rate.
+    """
+    for row in rows:
+        chance = row["chance_loss"]
+        if 4 * row["epoch"] >= epochs and chance > 0 and row["loss"] >= 0.99 * chance:
+            return int(row["epoch"]), (
+                f"the loss ({row['loss']:.3f}) has not left chance level ({chance:.3f}) after a quarter of training: the network does "
+                f"not tell the positive from the negatives. Lower pretrain.optimizer.lr (now {rate:g}), take adamw at 0.001, or raise the "
+                f"temperature."
+            )
+    return None
 
 
 class Throughput:

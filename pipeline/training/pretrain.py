@@ -33,7 +33,7 @@ from pipeline.models.backbones import build_backbone, imagenet_state
 from pipeline.registry import METHODS
 from pipeline.reproducibility import collect_rng_states, restore_rng_state, seed_everything
 from pipeline.training.inputs import PretrainInputs
-from pipeline.training.monitor import Monitor, Throughput, epoch_line
+from pipeline.training.monitor import Monitor, Throughput, chance_warning, epoch_line
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 __all__ = ["Pretraining", "StepModule", "initial_backbone", "pick_device"]
@@ -84,6 +84,7 @@ class Pretraining:
 
     def __init__(self, config: Config, inputs: PretrainInputs, scratch: Path, tracker: Any, *, threads: int = 2) -> None:
         self.config, self.inputs, self.scratch, self.tracker = config, inputs, scratch, tracker
+        self.started, self.earlier_seconds = time.monotonic(), 0.0
         params = config.pretrain
         self.device = pick_device(config.launch.device)
         seed_everything(params.seed)
@@ -111,7 +112,7 @@ class Pretraining:
 
     def _prepare_training(self) -> None:
         params, method = self.config.pretrain, self.method
-        self.warnings = type(method).check(self.config.method_params, self.context, len(self.inputs.videos))
+        self.warnings = [*type(method).check(self.config.method_params, self.context, len(self.inputs.videos)), *self._size_warnings()]
         if params.sync_batchnorm and distributed.world_size() > 1:
             if self.device.type != "cuda":
                 raise PipelineError("pretrain.sync_batchnorm: true needs GPUs (torch has no synchronised batch norm on CPUs); set it to false")
@@ -132,6 +133,28 @@ class Pretraining:
                 self.step_module, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
             )
 
+    def _size_warnings(self) -> list[str]:
+        """Videos that are left out and batches that have to be filled up; PipelineError where batch norm could not work."""
+        params, short, world = self.config.pretrain, self.inputs.left_out, distributed.world_size()
+        parts, warnings = world * params.accumulate, []
+        if short:
+            shown = ", ".join(short[:4]) + (" ..." if len(short) > 4 else "")
+            warnings.append(
+                f"{len(short)} of {len(short) + len(self.inputs.videos)} videos are left out, because they have fewer frames than "
+                f"{params.method} samples from: {shown}"
+            )
+        if params.batch_size % parts:
+            warnings.append(
+                f"pretrain.batch_size = {params.batch_size} is not a multiple of {world} processes x {params.accumulate} micro-batches: "
+                f"every step is filled up to {-(-params.batch_size // parts) * parts} with repeated samples"
+            )
+        if params.image_size <= 32 and params.batch_size <= parts:
+            raise PipelineError(
+                f"pretrain.batch_size: {params.batch_size} gives each forward pass one image, and pretrain.image_size {params.image_size} "
+                f"ends in one pixel: batch norm has nothing to average. Use at least {2 * parts} samples, or images above 32 pixels."
+            )
+        return warnings
+
     # --- state -------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
@@ -140,8 +163,19 @@ class Pretraining:
             "fingerprint": self.inputs.fingerprint, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
             "world_size": distributed.world_size(), "networks": self.method.networks.state_dict(),
             "optimizer": self.optimizer.state_dict(), "extra": self.method.extra_state(),
-            "rng": collect_rng_states(self.device), "rows": json.dumps(self.rows), "sums": dict(self.sums),
+            "rng": collect_rng_states(self.device), "rows": json.dumps(self.rows), "sums": self._gathered_sums(),
+            "seconds": self.seconds(),
         }
+
+    def _gathered_sums(self) -> dict[str, torch.Tensor]:
+        """Partial sums of the curves: name -> float64 [W], one entry a process."""
+        names = sorted(self.sums)
+        mine = torch.tensor([float(self.sums[name]) for name in names], dtype=torch.float64, device=self.device)
+        return dict(zip(names, distributed.all_gather_rows(mine[None]).T.cpu(), strict=True))
+
+    def seconds(self) -> float:
+        """Time spent on this run so far, earlier starts included."""
+        return self.earlier_seconds + time.monotonic() - self.started
 
     def save(self) -> None:
         """Write a checkpoint (first process); all processes must call it."""
@@ -160,8 +194,11 @@ class Pretraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_extra_state(state["extra"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
-        self.rows, self.sums = json.loads(state["rows"]), defaultdict(float, state["sums"])
-        if state["world_size"] != distributed.world_size() or not restore_rng_state(state["rng"], self.device):
+        self.rows, self.earlier_seconds = json.loads(state["rows"]), state["seconds"]
+        same = state["world_size"] == distributed.world_size()
+        sums = {name: float(values[distributed.rank()] if same else values.mean()) for name, values in state["sums"].items()}
+        self.sums = defaultdict(float, sums)
+        if not same or not restore_rng_state(state["rng"], self.device):
             self.warnings.append(
                 f"the checkpoint was written by {state['world_size']} processes and {distributed.world_size()} continue it: every sample "
                 f"is seen as planned, but batch-norm statistics and rounding differ from an uninterrupted run."
@@ -238,12 +275,12 @@ class Pretraining:
         self.sums[name] = self.sums[name] + value / parts
 
     def _maybe_save(self, stop: distributed.StopFlag) -> None:
-        asked = distributed.any_rank(stop.raised is not None, self.device)
         due = time.monotonic() - self.saved_at >= self.config.pretrain.checkpoint_seconds
-        if asked or distributed.any_rank(due, self.device):
+        wish = distributed.highest(2 if stop.raised is not None else int(due), self.device)
+        if wish:
             self.save()
             self.saved_at = time.monotonic()
-        if asked:
+        if wish == 2:
             name = stop.raised.name if stop.raised else "a signal to another process"
             raise StoppedError(f"pretrain: stopped by {name}; the state is saved. Start the same command again to continue.")
 
@@ -265,22 +302,28 @@ class Pretraining:
             measured = self.monitor.measure(
                 self.method.backbone, self.device, self.config.method_params.augmentation.normalization
             )
-            warning = self.monitor.warning(measured)
-            if warning and distributed.is_main():
-                print(f"warning: epoch {self.epoch + 1}: {warning}", flush=True)
+            self._warn(self.monitor.warning(measured))
         row |= measured
         self.rows.append(row)
+        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr)
+        if stuck and stuck[0] == self.epoch:
+            self._warn(stuck[1])
         shown = {**row, **self.speed}
         if distributed.is_main():
             tqdm.write(epoch_line(shown, params.epochs, remaining))
             self.tracker.log_metrics({k: v for k, v in shown.items() if k != "epoch"}, step=self.epoch)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, defaultdict(float)
 
+    def _warn(self, sentence: str | None) -> None:
+        if sentence and distributed.is_main():
+            tqdm.write(f"warning: epoch {self.epoch + 1}: {sentence}")
+
     # --- result ------------------------------------------------------------------------------------------------------
 
-    def export(self, folder: Path, seconds: float) -> None:
+    def export(self, folder: Path) -> None:
         """Write encoder.safetensors, card.json and curves.csv into `folder` (first process)."""
         params, inputs = self.config.pretrain, self.inputs
+        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr)
         last = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k != "epoch"}
         card = {
             "schema": 1, "fingerprint": inputs.fingerprint, "method": params.method, "backbone": params.backbone,
@@ -291,8 +334,9 @@ class Pretraining:
             "seed": params.seed, "scope": params.scope, "transductive": params.scope == "all",
             "videos": len(inputs.videos), "frames": sum(ref.row.frames for ref in inputs.videos),
             "too_short": inputs.left_out, "groups": sorted(set(inputs.groups)), "world_size": distributed.world_size(),
-            "device": self.device.type, "torch": torch.__version__, "seconds": round(seconds, 1),
-            "parameters": self.config.method_params.model_dump(mode="json"), "final": last, "warnings": self.warnings,
+            "device": self.device.type, "torch": torch.__version__, "seconds": round(self.seconds(), 1),
+            "parameters": self.config.method_params.model_dump(mode="json"), "final": last,
+            "warnings": [*self.warnings, *([stuck[1]] if stuck else [])],
         }
         export_encoder(folder, self.method.backbone.state_dict(), card)
         write_curves(folder / "curves.csv", self.rows or [{"epoch": 0}])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import time
 from pathlib import Path
 
 from pipeline.config import Config
@@ -40,13 +40,13 @@ def run_pretrain_stage(config: Config, fold: int, script: Path) -> str:
     reused = (done / "card.json").is_file()
     if not reused and not is_worker() and process_count(config.launch) > 1:
         processes = process_count(config.launch)
-        launch(script, ["--fold", str(fold)], processes, threads_per_process(config.launch) // processes or 1)
+        launch(script, ["--fold", str(fold)], processes, threads_per_process(config.launch, processes))
         return f"pretrain fold {fold}: {processes} processes finished; encoder in {output}"
     if not reused:
         _pretrain_here(config, fold, inputs, scratch)
-    else:
+    elif int(os.environ.get("RANK", "0")) == 0:
         with open_tracker(config, "pretrain", f"fold {fold}", fingerprint=inputs.fingerprint) as tracker:
-            _hand_over(fold, done, output, tracker)
+            _hand_over(config, fold, inputs, done, tracker)
     return f"pretrain fold {fold}: {'finished result reused' if reused else 'done'}; encoder in {output}"
 
 
@@ -64,29 +64,33 @@ def _pretrain_here(config: Config, fold: int, inputs: PretrainInputs, scratch: P
         open_tracker(config, "pretrain", f"fold {fold}", fingerprint=inputs.fingerprint) as tracker,
         distributed.StopFlag() as stop,
     ):
-        started = time.monotonic()
         run = Pretraining(config, inputs, scratch, tracker, threads=threads)
         if run.method.trains:
             run.train(stop)
         if distributed.is_main():
             part = scratch / "result.part"
             shutil.rmtree(part, ignore_errors=True)
-            run.export(part, time.monotonic() - started)
+            run.export(part)
             # The folder appears under its name only when it is complete; the checkpoints have then done their work.
             shutil.rmtree(done, ignore_errors=True)
             part.rename(done)
-            for checkpoint in scratch.glob("state-*.pt"):
+            for checkpoint in scratch.glob("state-*"):
                 checkpoint.unlink()
-            _hand_over(fold, done, Path(f"models/encoders/fold{fold}"), tracker)
+            _hand_over(config, fold, inputs, done, tracker)
         distributed.barrier()
 
 
-def _hand_over(fold: int, done: Path, output: Path, tracker: NullTracker) -> None:
-    """Copy the finished encoder to the stage's output and tell MLflow what it is."""
+def _hand_over(config: Config, fold: int, inputs: PretrainInputs, done: Path, tracker: NullTracker) -> None:
+    """Copy the finished encoder to the stage's output and tell MLflow what it is (first process)."""
+    output = Path(f"models/encoders/fold{fold}")
     _copy_result(done, output)
     card = read_json(output / "card.json")
-    # What belongs to this fold's run and not to the shared result.
-    card["fold"] = fold
+    # What belongs to this run and not to the shared result. Names of patients above all: another key of the pseudonyms or
+    # another split names the same videos' patients differently, and the check for leaks compares these names.
+    card |= {
+        "fold": fold, "scope": config.pretrain.scope, "transductive": config.pretrain.scope == "all",
+        "groups": sorted(set(inputs.groups)), "too_short": inputs.left_out,
+    }
     write_json(output / "card.json", card)
     tracker.log_dataset(f"pretraining videos fold {fold}", card["fingerprint"], card["videos"], "pretraining")
     tracker.log_metrics({f"final.{k}": v for k, v in card["final"].items() if isinstance(v, int | float)})
