@@ -24,7 +24,7 @@ from steps import loading, ucl_steps
 
 from pipeline.cli import run_stage
 from pipeline.reproducibility import configure_torch
-from pipeline.training.pretrain import pick_device
+from pipeline.distributed import pick_device
 
 PARTS = ("reading", "augmentation", "loader", "step", "startup")
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import PipelineError
+
 __all__ = [
-    "StopFlag", "all_gather_rows", "barrier", "gather_with_gradient", "highest", "is_main", "local_rank", "process_group",
+    "StopFlag", "all_gather_rows", "barrier", "gather_with_gradient", "highest", "is_main", "local_rank", "pick_device", "process_group",
     "rank", "reduce_mean", "world_size",
 ]
 
@@ -35,6 +37,17 @@ def world_size() -> int:
 def local_rank() -> int:
     """Number of this process on its machine, as torchrun sets it."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`: this process's GPU if there is one, else the CPU. Asking for a GPU that is not there is an error."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PipelineError("launch.device: cuda was asked for, but torch sees no GPU. `sonoscope doctor` says why; allowed: auto, cpu.")
+    device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def is_main() -> bool:

@@ -1,21 +1,43 @@
 """Which frames of a video make a training sample: anchor, positive, intra-video negatives, and their distance curriculum.
 
 Pure functions of numbers; no pixels, no state. Source: Basu et al., MICCAI 2022 (UCL). Letters: N frames of the video,
-a anchor index, r positive radius, [low, high] distance window as fractions of N.
+a anchor index, r positive radius, [low, high] distance window as fractions of N. `ClipBatch` is what the loader hands to a
+method.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
-    "anchor_interval", "decay_factor", "distance_window", "draw_indices", "negative_candidates", "positive_candidates",
+    "ClipBatch", "anchor_interval", "decay_factor", "distance_window", "draw_indices", "negative_candidates", "positive_candidates",
 ]
 
 Decay = Literal["cosine", "cosine_compounded", "steps", "none"]
+
+
+@dataclass
+class ClipBatch:
+    """One process's share of a micro-batch.
+
+    frames: role -> float tensor [B, K, 3, H, W], normalised; K views of that role a sample.
+    video: int64 [B], one number a video, the same on every process. label: int64 [B], -1 where unlabelled.
+    """
+
+    frames: dict[str, torch.Tensor]
+    video: torch.Tensor
+    label: torch.Tensor
+
+    def to(self, device: Any) -> ClipBatch:
+        """The same batch on another device."""
+        return ClipBatch({role: x.to(device) for role, x in self.frames.items()}, self.video.to(device), self.label.to(device))
 
 
 def anchor_interval(num_frames: int, anchor_range: tuple[float, float] = (0.2, 0.5)) -> tuple[int, int]:

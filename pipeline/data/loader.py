@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.config import AugmentationParams
+from pipeline.data.clips import ClipBatch
 from pipeline.data.frames import FrameCache
 from pipeline.data.transforms import draw_view, normalize, render
 from pipeline.errors import DataError, PipelineError
@@ -114,21 +115,19 @@ class ClipLoader:
         out = {role: np.empty((len(pairs), len(numbers), *shape), np.uint8) for role, numbers in probe.items()}
         return pairs, out, [pool.submit(self._render, pair, epoch, out, row) for row, pair in enumerate(pairs)]
 
-    def epoch(self, epoch: int, device: torch.device, first_step: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, device: torch.device, first_step: int = 0) -> Iterator[ClipBatch]:
         """Micro-batches of one epoch on the device, from optimiser step `first_step` on (`accumulate` a step)."""
-        from pipeline.methods.base import ClipBatch
-
         pending: deque[Any] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
             plan = self._micro_batches(epoch, first_step)
             for pairs in plan:
                 pending.append(self._submit(pool, pairs, epoch))
                 if len(pending) > self.ahead:
-                    yield self._finish(pending.popleft(), device, ClipBatch)
+                    yield self._finish(pending.popleft(), device)
             while pending:
-                yield self._finish(pending.popleft(), device, ClipBatch)
+                yield self._finish(pending.popleft(), device)
 
-    def _finish(self, item: Any, device: torch.device, batch_type: Any) -> Any:
+    def _finish(self, item: Any, device: torch.device) -> ClipBatch:
         pairs, out, futures = item
         start = time.perf_counter()
         for pair, future in zip(pairs, futures, strict=True):
@@ -148,4 +147,4 @@ class ClipLoader:
             frames[role] = normalize(tensor, self.plan.augmentation.normalization)
         numbers = torch.tensor([self.frames.videos[int(v)].number for v in pairs[:, 0]], dtype=torch.int64)
         labels = torch.from_numpy(self.labels[pairs[:, 0]].astype(np.int64))
-        return batch_type(frames, numbers.to(device), labels.to(device))
+        return ClipBatch(frames, numbers.to(device), labels.to(device))

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.config import AugmentationParams, Section
+from pipeline.data.clips import ClipBatch
 from pipeline.registry import LazyModule
 
 if TYPE_CHECKING:
@@ -53,23 +54,6 @@ class Progress:
 
     epoch: int
     step: int
-
-
-@dataclass
-class ClipBatch:
-    """One process's share of a micro-batch.
-
-    frames: role -> float tensor [B, K, 3, H, W], normalised; K views of that role a sample.
-    video: int64 [B], one number a video, the same on every process. label: int64 [B], -1 where unlabelled.
-    """
-
-    frames: dict[str, torch.Tensor]
-    video: torch.Tensor
-    label: torch.Tensor
-
-    def to(self, device: Any) -> ClipBatch:
-        """The same batch on another device."""
-        return ClipBatch({role: x.to(device) for role, x in self.frames.items()}, self.video.to(device), self.label.to(device))
 
 
 @dataclass

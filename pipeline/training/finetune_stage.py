@@ -113,11 +113,11 @@ def _finetune(
     from safetensors.torch import save_file
 
     from pipeline.checkpoint import load_trunk, read_state_dict
+    from pipeline.distributed import pick_device
     from pipeline.models.backbones import build_backbone
     from pipeline.models.classifier import Classifier
     from pipeline.reproducibility import configure_torch, seed_everything
     from pipeline.training.finetune import FinetuneData, Finetuning, subset_by_patient
-    from pipeline.training.pretrain import pick_device
 
     params, started = config.finetune, time.monotonic()
     threads = threads_per_process(config.launch)

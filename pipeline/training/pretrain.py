@@ -36,18 +36,7 @@ from pipeline.training.inputs import PretrainInputs
 from pipeline.training.monitor import Monitor, Throughput, chance_warning, epoch_line
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 
-__all__ = ["Pretraining", "StepModule", "initial_backbone", "pick_device"]
-
-
-def pick_device(wanted: str) -> torch.device:
-    """`auto`: this process's GPU if there is one, else the CPU. Asking for a GPU that is not there is an error."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise PipelineError("launch.device: cuda was asked for, but torch sees no GPU. `sonoscope doctor` says why; allowed: auto, cpu.")
-    device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+__all__ = ["Pretraining", "StepModule", "initial_backbone"]
 
 
 def initial_backbone(config: Config) -> tuple[nn.Module, int, KeyReport | None]:
@@ -86,7 +75,7 @@ class Pretraining:
         self.config, self.inputs, self.scratch, self.tracker = config, inputs, scratch, tracker
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         params = config.pretrain
-        self.device = pick_device(config.launch.device)
+        self.device = distributed.pick_device(config.launch.device)
         seed_everything(params.seed)
         kind = METHODS.get(params.method)
         augmentation = config.method_params.augmentation

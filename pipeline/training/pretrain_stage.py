@@ -54,13 +54,13 @@ def _pretrain_here(config: Config, fold: int, inputs: PretrainInputs, scratch: P
     """Run the loop in this process (alone or as a torchrun worker) and hand its result over."""
     from pipeline import distributed
     from pipeline.reproducibility import configure_torch
-    from pipeline.training.pretrain import Pretraining, pick_device
+    from pipeline.training.pretrain import Pretraining
 
     threads = threads_per_process(config.launch)
     configure_torch(threads)
     done = scratch / "result"
     with (
-        distributed.process_group(pick_device(config.launch.device), config.launch.timeout_minutes),
+        distributed.process_group(distributed.pick_device(config.launch.device), config.launch.timeout_minutes),
         open_tracker(config, "pretrain", f"fold {fold}", fingerprint=inputs.fingerprint) as tracker,
         distributed.StopFlag() as stop,
     ):
