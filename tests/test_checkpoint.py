@@ -1,0 +1,243 @@
+"""Checkpoints survive damage, full disks and strangers; foreign weights are named for what they are."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from pipeline import checkpoint
+from pipeline.checkpoint import export_encoder, latest_checkpoint, load_checkpoint, load_trunk, read_state_dict, save_checkpoint
+from pipeline.errors import CheckpointError
+from pipeline.models.backbones import build_backbone, imagenet_state
+
+MARK = "0123456789abcdef"
+
+
+def state(step: int) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    weights = {"w": torch.randn(40, 7, generator=generator), "n": torch.tensor(step)}
+    return {"fingerprint": MARK, "networks": weights, "rows": "[]", "epoch": step, "seconds": 1.5}
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Every write beyond `size` bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_save_checkpoint__round_trip_keeps_the_two_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        (tmp_path / "state-0000000099.part").write_bytes(b"left behind by a kill")
+        save_checkpoint(tmp_path, step, state(step))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state-0000000003.pt", "state-0000000004.pt"]
+    found, skipped = latest_checkpoint(tmp_path, MARK)
+    assert skipped == []
+    assert found["epoch"] == 4
+    assert torch.equal(found["networks"]["w"], state(4)["networks"]["w"])
+
+
+def test_latest_checkpoint__falls_back_behind_damaged_ones(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 3, state(3))
+    save_checkpoint(tmp_path, 4, state(4))
+    newest = tmp_path / "state-0000000004.pt"
+    newest.write_bytes(newest.read_bytes()[:700])
+    found, skipped = latest_checkpoint(tmp_path, MARK)
+    assert found["epoch"] == 3
+    assert len(skipped) == 1
+    assert re.fullmatch(r"state-0000000004\.pt: not a readable checkpoint \(\w+\)\. Delete it to start over\.", skipped[0])
+
+
+def test_save_checkpoint__damaged_newer_files_do_not_push_out_good_ones(tmp_path: Path) -> None:
+    """After falling back to an older state, the next states have lower step numbers than the damaged files."""
+    for name in ("state-0000000008.pt", "state-0000000009.pt"):
+        (tmp_path / name).write_bytes(b"damaged")
+    save_checkpoint(tmp_path, 3, state(3))
+    assert latest_checkpoint(tmp_path, MARK)[0]["epoch"] == 3
+    save_checkpoint(tmp_path, 4, state(4))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state-0000000003.pt", "state-0000000004.pt"]
+
+
+def test_load_checkpoint__no_damage_goes_unnoticed(tmp_path: Path) -> None:
+    """Cut, flipped and blanked files: the very same tensors, or a CheckpointError; never other numbers or a traceback."""
+    path = save_checkpoint(tmp_path, 1, state(1))
+    raw, rng, refused = path.read_bytes(), random.Random(0), 0
+    for attempt in range(200):
+        damaged = bytearray(raw)
+        at = rng.randrange(len(raw))
+        if attempt % 3 == 0:
+            del damaged[at:]
+        elif attempt % 3 == 1:
+            damaged[at] ^= 1 << rng.randrange(8)
+        else:
+            damaged[at : at + 64] = bytes(len(damaged[at : at + 64]))
+        path.write_bytes(damaged)
+        try:
+            got = load_checkpoint(path, MARK)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert torch.equal(got["networks"]["w"], state(1)["networks"]["w"])
+        try:
+            read_state_dict(path)
+        except CheckpointError:
+            pass
+    assert refused > 120
+
+
+def test_load_checkpoint__foreign_fingerprint_and_format(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, state(1))
+    with pytest.raises(CheckpointError, match=f"belongs to another run \\(fingerprint {MARK}, this run has ffff\\).*delete it to start over"):
+        load_checkpoint(path, "ffff")
+    torch.save({"format": 99}, path)
+    with pytest.raises(CheckpointError, match="not a Sonoscope checkpoint of format 1"):
+        load_checkpoint(path, MARK)
+
+
+def test_save_checkpoint__full_disk_keeps_the_last_state(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, state(1))
+    with largest_file(1500), pytest.raises(CheckpointError) as refused:
+        save_checkpoint(tmp_path, 2, state(2))
+    text = str(refused.value)
+    assert text.startswith("state-0000000002.pt: could not be written (")
+    assert "GiB free in the scratch folder). Free some space and start the same command again: it continues" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["state-0000000001.pt"]
+    assert latest_checkpoint(tmp_path, MARK)[0]["epoch"] == 1
+
+
+def test_save_checkpoint__no_space_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="could not be written \\(No space left on device; "):
+        save_checkpoint(tmp_path, 2, state(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Payload:
+    """What an attacker puts into a weights file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("read", [lambda p: read_state_dict(p), lambda p: load_checkpoint(p, MARK)], ids=["weights", "checkpoint"])
+def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, read) -> None:
+    path, mark = tmp_path / "evil.pt", tmp_path / "ran"
+    torch.save({"state_dict": Payload(mark)}, path)
+    with pytest.raises(CheckpointError, match="evil.pt"):
+        read(path)
+    assert not mark.exists()
+
+
+def test_read_state_dict__messages(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"pretrain\.init: .*imagnet does not exist\. Allowed: random, imagenet, or a weights file"):
+        read_state_dict(tmp_path / "imagnet")
+    torch.save({"state_dict": Payload(tmp_path / "x")}, tmp_path / "code.pth")
+    with pytest.raises(CheckpointError, match="code.pth is refused: it holds Python objects that would run code.*ask its author for a state dict"):
+        read_state_dict(tmp_path / "code.pth")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(CheckpointError, match=r"text\.safetensors is not a readable weights file"):
+        read_state_dict(tmp_path / "text.safetensors")
+    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "numbers.pt")
+    with pytest.raises(CheckpointError, match=r"numbers\.pt holds no named tensors\. Allowed: a state dict"):
+        read_state_dict(tmp_path / "numbers.pt")
+    torch.save(torch.ones(3), tmp_path / "tensor.pt")
+    with pytest.raises(CheckpointError, match="holds no named tensors"):
+        read_state_dict(tmp_path / "tensor.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q.", "encoder_q.", "module.", "backbone.", "encoder.", "module.backbone."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_load_trunk__finds_the_prefix_of_known_programs(tmp_path: Path, prefix: str, wrapper: str | None) -> None:
+    """MoCo's and UCL's file: the query trunk among key networks, heads and queues, never the key trunk."""
+    source, _ = build_backbone("resnet10", 1)
+    tensors = {prefix + name: value for name, value in source.state_dict().items()}
+    extra = {prefix + "fc.0.weight": torch.ones(2, 2), "module.queue": torch.ones(3), "module.encoder_k.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    torch.save({"epoch": 3, wrapper: tensors | extra} if wrapper else tensors | extra, tmp_path / "x.pth")
+    target, _ = build_backbone("resnet10", 2)
+    report = load_trunk(target, read_state_dict(tmp_path / "x.pth"), "x.pth")
+    assert report.prefix == prefix
+    assert report.matched == len(tensors)
+    assert set(report.ignored) == set(extra)
+    assert f"{len(tensors)} tensors of the trunk loaded (prefix '{prefix}'), 3 others not used: " in str(report)
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+
+
+def test_load_trunk__official_ucl_checkpoint_of_resnet50() -> None:
+    """318 trunk tensors in a file of the published layout."""
+    network, _ = build_backbone("resnet50")
+    names = torchvision.models.resnet50().state_dict()
+    tensors = {f"module.{part}.{k}": v for part in ("encoder_q", "encoder_k") for k, v in names.items() if not k.startswith("fc.")}
+    report = load_trunk(network, tensors, "checkpoint_0059.pth.tar")
+    assert (report.matched, report.prefix) == (318, "module.encoder_q.")
+
+
+def test_load_trunk__wrong_architecture_loads_nothing() -> None:
+    small, _ = build_backbone("resnet10", 0)
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"resnet50\.pth is of another architecture: .*instead of.*Check pretrain\.backbone"):
+        load_trunk(small, build_backbone("resnet50")[0].state_dict(), "resnet50.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit this backbone: \d+ of \d+ tensors are missing, for example .*Check pretrain\.backbone"):
+        load_trunk(build_backbone("resnet18")[0], before, "resnet10.pth")
+    with pytest.raises(CheckpointError, match="The file has names such as blocks.0.attn"):
+        load_trunk(small, {"blocks.0.attn": torch.ones(2)}, "vit.pth")
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+
+
+def test_load_trunk__old_files_without_batch_norm_counters() -> None:
+    source, _ = build_backbone("resnet10", 1)
+    target, _ = build_backbone("resnet10", 2)
+    load_trunk(target, {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}, "old.pth")
+    assert torch.equal(target.conv1.weight, source.conv1.weight)
+
+
+def test_export_encoder__plain_torchvision_names(tmp_path: Path) -> None:
+    """Loads into torchvision's own network with only `fc` missing, also from channels-last memory."""
+    network, features = build_backbone("resnet18", 3)
+    network.to(memory_format=torch.channels_last)
+    export_encoder(tmp_path, network.state_dict(), {"backbone": "resnet18"})
+    plain = torchvision.models.resnet18()
+    missing = plain.load_state_dict(load_file(str(tmp_path / "encoder.safetensors")), strict=False)
+    assert sorted(missing.missing_keys) == ["fc.bias", "fc.weight"]
+    assert missing.unexpected_keys == []
+    plain.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain.eval()(images), network.eval()(images))
+    assert features == 512
+    assert json.loads((tmp_path / "card.json").read_text()) == {"backbone": "resnet18"}
+
+
+def test_imagenet_state__never_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"pretrain\.init: imagenet was asked for, but .*resnet18-f37072fd\.pth does not exist\. On a machine"):
+        imagenet_state("resnet18")
+    with pytest.raises(CheckpointError, match="imagenet weights do not exist for backbone 'resnet10'. Allowed here: random, or a path"):
+        imagenet_state("resnet10")
+    folder = tmp_path / "hub/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "resnet18-f37072fd.pth").write_bytes(b"half a download")
+    with pytest.raises(CheckpointError, match=r"resnet18-f37072fd\.pth is "):
+        imagenet_state("resnet18")
+    torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
+    network, _ = build_backbone("resnet18")
+    assert load_trunk(network, imagenet_state("resnet18"), "imagenet weights").ignored == ["fc.bias", "fc.weight"]
