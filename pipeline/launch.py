@@ -16,12 +16,17 @@ from types import FrameType
 from pipeline.config import LaunchParams
 from pipeline.errors import ConfigError, PipelineError, StoppedError
 
-__all__ = ["is_worker", "launch", "process_count", "threads_per_process"]
+__all__ = ["is_worker", "launch", "process_count", "threads_per_process", "worker_rank"]
 
 
 def is_worker() -> bool:
     """True in a process that torchrun has started."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def worker_rank() -> int:
+    """Number of this process as torchrun has set it, 0 without torchrun; needs no process group and no torch."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def process_count(params: LaunchParams) -> int:

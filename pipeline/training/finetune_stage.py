@@ -62,7 +62,8 @@ def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: di
     """Everything that determines the predictions; for `random` that is independent of pretraining."""
     code = code_digest(
         "training/finetune.py", "training/finetune_stage.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
-        "models/heads.py", "data/transforms.py", "data/frames.py", "data/loader.py", "evaluation/features.py", "evaluation/metrics.py",
+        "models/heads.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
+        "evaluation/metrics.py",
     )
     finetune = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})
     labels = sorted((video, splits.labels[video], splits.groups[video]) for part in parts.values() for video in part)
@@ -78,6 +79,11 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
         DataError, CheckpointError, LeakageError: what is missing or does not fit, before any training.
     """
     splits = Splits.read(Path("data/splits.json"))
+    if not splits.labels:
+        raise DataError(
+            "finetune: no video has a label, so nothing can be fine-tuned or evaluated. `dvc repro pretrain@0` gives the encoder; "
+            "for the rest give labels (data.labels)."
+        )
     fold = splits.fold(fold_number)
     parts = _parts(config, splits, fold)
     encoder = _encoder_card(init, fold, splits)

@@ -52,8 +52,8 @@ def _pretrain_fingerprint(config: Config, videos: Sequence[VideoRef]) -> str:
     extract = config.extract.model_dump(mode="json", exclude={"workers", "on_error"})
     code = code_digest(
         f"methods/{config.pretrain.method}.py", "methods/base.py", "losses.py", "models/backbones.py", "models/heads.py",
-        "models/momentum.py", "data/clips.py", "data/transforms.py", "data/frames.py", "data/loader.py", "distributed.py",
-        "training/optim.py", "training/pretrain.py",
+        "models/momentum.py", "data/clips.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py",
+        "distributed.py", "training/optim.py", "training/pretrain.py",
     )
     weights = hash_file(Path(config.pretrain.init)) if Path(config.pretrain.init).is_file() else config.pretrain.init
     content = [(ref.row.video, ref.row.frames, ref.row.sha256) for ref in videos]

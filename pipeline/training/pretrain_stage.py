@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.splits import Splits
 from pipeline.files import read_json, scratch_folder, write_json
-from pipeline.launch import is_worker, launch, process_count, threads_per_process
+from pipeline.launch import is_worker, launch, process_count, threads_per_process, worker_rank
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.training.inputs import PretrainInputs, open_pretrain_inputs
 
@@ -44,7 +43,7 @@ def run_pretrain_stage(config: Config, fold: int, script: Path) -> str:
         return f"pretrain fold {fold}: {processes} processes finished; encoder in {output}"
     if not reused:
         _pretrain_here(config, fold, inputs, scratch)
-    elif int(os.environ.get("RANK", "0")) == 0:
+    elif worker_rank() == 0:
         with open_tracker(config, "pretrain", f"fold {fold}", fingerprint=inputs.fingerprint) as tracker:
             _hand_over(config, fold, inputs, done, tracker)
     return f"pretrain fold {fold}: {'finished result reused' if reused else 'done'}; encoder in {output}"
