@@ -27,7 +27,7 @@ def main() -> None:
         splits, metrics = run_split(config, Path("data/frames"), output, reports)
         tracker.log_metrics({key: value for key, value in metrics.items() if isinstance(value, int)})
         tracker.log_dataset("main", splits.manifest_digest, metrics["videos"], "split")
-        for path in (output, reports / "balance.csv", reports / "balance.png"):
+        for path in (output, reports / "balance.csv", *reports.glob("balance.png")):
             tracker.log_artifact(path, "split")
         tracker.write_sidecar(Path("reports/runs/split.json"))
     for warning in splits.warnings:

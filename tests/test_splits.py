@@ -394,3 +394,14 @@ def test_read__damaged_files_are_named(tmp_path: Path) -> None:
             Splits.read(path)
     with pytest.raises(ConfigError, match="allowed: 0, 1, 2"):
         tiny_splits().fold(3)
+
+
+def test_unlabelled_corpus__scope_all_gives_splits_without_folds_and_scope_fold_says_how(tmp_path: Path) -> None:
+    bare = Manifest([row(f"clip{number}", "ann" if number < 3 else "") for number in range(4)])
+    with pytest.raises(DataError, match=r"pretrain.scope: all and run `dvc repro pretrain@0`"):
+        make_splits(bare, config())
+    free = config().model_copy(update={"pretrain": config().pretrain.model_copy(update={"scope": "all"})})
+    splits = make_splits(bare, free)
+    splits.write(tmp_path / "splits.json")
+    again = Splits.read(tmp_path / "splits.json")
+    assert again.folds == [] and len(again.pretraining_videos(None)) == 4

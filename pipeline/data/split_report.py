@@ -60,7 +60,8 @@ def run_split(config: Config, stores: Path, output: Path, reports: Path) -> tupl
         ("first", "second", "group", "hash_distance", "similarity", "motion"),
         [_pair_row(pair, splits) for pair in pairs],
     )
-    write_balance_plot(reports / "balance.png", rows, splits.classes, splits.group)
+    if splits.folds:
+        write_balance_plot(reports / "balance.png", rows, splits.classes, splits.group)
     return splits, metrics
 
 
@@ -131,6 +132,8 @@ def split_metrics(splits: Splits, rows: Sequence[Mapping[str, Any]], near_duplic
 
 def describe_folds(splits: Splits, metrics: Mapping[str, Any]) -> str:
     """What the folds mean, in a few lines for the console."""
+    if not splits.folds:
+        return f"{metrics['unlabelled_videos']} unlabelled videos, no folds: `dvc repro pretrain@0` pretrains on all of them"
     unit = "patients" if splits.group == "patient" else "videos (data.group: video)"
     lines = [
         f"{metrics['videos']} labelled videos of {metrics['patients']} {unit}, classes {', '.join(splits.classes)}; "

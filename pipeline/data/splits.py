@@ -152,9 +152,10 @@ class Splits:
         missing = sorted(set(self.labels) - set(tested))
         if missing:
             raise DataError(f"split: labelled video {missing[0]} is in no test fold ({len(missing)} such videos)")
-        if [fold.fold for fold in self.folds] != list(range(len(self.folds))) or len(self.folds) < 2:
+        numbers = [fold.fold for fold in self.folds]
+        if numbers != list(range(len(numbers))) or (len(numbers) < 2 and self.labels):
             raise DataError(
-                f"split: folds are numbered {[fold.fold for fold in self.folds]}; expected 0, 1, ... and at least 2"
+                f"split: folds are numbered {numbers}; expected 0, 1, ... and at least 2"
             )
         homeless = sorted(
             {*self.unlabelled, *(v for ids in self.extra_sources.values() for v in ids)} - set(self.groups)
@@ -238,6 +239,10 @@ def make_splits(
     by_patient = config.data.group == "patient"
     warnings: list[str] = []
     groups = group_videos(manifest, extra, by_patient, near_duplicates, warnings)
+    if config.pretrain.scope == "all" and not any(row.label for row in manifest.rows):
+        warnings.append("no video has a label: no folds; an encoder can be pretrained and exported, not evaluated")
+        every = sorted(row.video for row in manifest.rows)
+        return _without_labels(manifest, config, groups, extra, warnings, every)
     given = read_given_split(Path(config.split.file), len(config.split.folds)) if config.split.file else None
     classes, excluded = _choose_classes(manifest, config, given, groups, warnings)
     labels = {row.video: row.label for row in manifest.rows if row.label in classes}
@@ -267,6 +272,19 @@ def make_splits(
     return splits
 
 
+def _without_labels(
+    manifest: Manifest, config: Config, groups: dict[str, str], extra: Mapping[str, Manifest], warnings: list[str],
+    every: list[str],
+) -> Splits:
+    """Splits of a corpus that only serves pretraining: all videos, no folds."""
+    return Splits(
+        seed=config.split.seed, group=config.data.group, manifest_digest=manifest.digest(), classes=[],
+        excluded_classes={}, warnings=warnings, groups=groups, labels={}, folds=[], unlabelled=every,
+        unlabelled_blocked=[],
+        extra_sources={name: sorted(row.video for row in table.rows) for name, table in sorted(extra.items())},
+    )
+
+
 def _count(number: int, unit: str) -> str:
     return f"{number} {unit}{'' if number == 1 else 's'}"
 
@@ -284,7 +302,8 @@ def _choose_classes(
     if not members:
         raise DataError(
             f"no video of {config.data.source} has a label, so there is nothing to evaluate. Check data.labels, "
-            f"data.label_column and data.include (the manifest has {len(manifest.rows)} videos)."
+            f"data.label_column and data.include (the manifest has {len(manifest.rows)} videos). To pretrain without "
+            "labels, set pretrain.scope: all and run `dvc repro pretrain@0`."
         )
     key = "data.classes" if config.data.classes or not given else "classes of split.file"
     wanted = list(dict.fromkeys(config.data.classes or (given.classes if given else []) or sorted(members)))
