@@ -154,6 +154,8 @@ class AugmentationParams(Section):
     """Working size before cropping: keep the aspect ratio, or squeeze to a square."""
     crop: Literal["random", "resized", "center"] = "resized"
     """`random`: a window of the image size; `resized`: a window of random area and aspect, resized; `center`: fixed."""
+    margin: float = Field(1.25, ge=1, le=2)
+    """For `resized`: frames are held at this multiple of the image size, so that a zoomed crop has pixels to show."""
     scale: tuple[float, float] = (0.4, 1.0)
     ratio: tuple[float, float] = (0.8, 1.25)
     horizontal_flip: float = Field(0.5, ge=0, le=1)

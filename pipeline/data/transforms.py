@@ -47,7 +47,7 @@ class View:
 
 def working_size(augmentation: AugmentationParams, image_size: int) -> int:
     """Short side, in pixels, at which frames are held: room for a zoom where crops are resized, else the image size."""
-    return round(image_size * 1.25) if augmentation.crop == "resized" else image_size
+    return round(image_size * augmentation.margin) if augmentation.crop == "resized" else image_size
 
 
 def resize_frame(frame: np.ndarray, size: int, mode: str = "short_side") -> np.ndarray:
