@@ -1,6 +1,6 @@
 """The `sonoscope` command, and `run_stage`, which gives every file of stages/ the same exit codes and error text.
 
-    sonoscope doctor | check | preset [NAME] | sync | ui        (or: python -m pipeline.cli doctor)
+    sonoscope doctor | check | preset [NAME] | compare EXP EXP | sync | ui        (or: python -m pipeline.cli doctor)
 
 Exit codes: 0 done; 1 a bug of Sonoscope (traceback kept), or `doctor` found a problem; 2 a mistake that the message
 explains (parameters, data, arguments); 130 interrupted. Each sub-command imports what it needs, so that this module
@@ -125,6 +125,13 @@ def _ui(arguments: argparse.Namespace) -> int:
     os.execv(words[0], words)
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from pipeline.evaluation.compare import compare
+
+    print(compare(arguments.experiments)["text"])
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sonoscope",
@@ -151,6 +158,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sync = commands.add_parser("sync", help="deliver what was logged while the MLflow store was away")
     sync.set_defaults(run=_sync)
+
+    compare = commands.add_parser(
+        "compare",
+        help="compare experiments on the same folds, with intervals and corrected p values",
+        description="Names of 'dvc exp show', git revisions, or project folders. The first is what the others are compared with.",
+    )
+    compare.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    compare.set_defaults(run=_compare)
 
     ui = commands.add_parser("ui", help="open MLflow on this project's store (127.0.0.1 only)")
     ui.add_argument("--port", type=int, default=5000)
