@@ -146,7 +146,7 @@ def execution_facts(config: Config) -> ExecutionFacts:
     }
     return ExecutionFacts(
         key=fingerprint(experiment or "workspace", params_hash, head),
-        name=experiment or f"{method} {params_hash[:7]}",
+        name=f"{method} {experiment or params_hash[:7]}",
         tags={key: value for key, value in tags.items() if value},
         params=shown_params(config),
     )

@@ -220,7 +220,9 @@ class Deliverer:
         if found is None:
             local = resolve_uri(self._uri or self.state["uri"], self.root) == default_uri(self.root)
             place = (self.root / "mlartifacts").resolve().as_uri() if local else None
-            return client.create_experiment(name, artifact_location=place)
+            # The tag opens MLflow's page for model training; without it version 3 shows the one for language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(name, artifact_location=place, tags=kind)
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return found.experiment_id

@@ -90,7 +90,7 @@ def test_levels__one_parent_and_named_children(root: Path, monkeypatch: pytest.M
         assert second.parent_id == tracker.parent_id != ""
     parent, split, finetune = runs(root)
     assert [run.info.run_name for run in (parent, split, finetune)] == [
-        "tepid-gibe", "split", "finetune pretrained fold 0 seed 1"]  # fmt: skip
+        "ucl tepid-gibe", "split", "finetune pretrained fold 0 seed 1"]  # fmt: skip
     assert split.data.tags["mlflow.parentRunId"] == finetune.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.tags["dvc.experiment"] == "tepid-gibe" and parent.data.tags["dvc.baseline"] == "abc123"
     assert parent.data.tags["method"] == "ucl" and parent.data.tags["scope"] == "fold"
