@@ -84,7 +84,7 @@ def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
 
 
 def print_table(title: str, taken: Mapping[str, Taken], unit: str, baseline: str | None = None) -> None:
-    """One Markdown table: rates (median, range), CPU ms per item, and how many times cheaper than `baseline` each case is."""
+    """One Markdown table: rates, CPU ms per item, and how many times cheaper than `baseline` each case is."""
     print(f"\n### {title}\n")
     last = f" CPU of '{baseline}' / CPU of this |" if baseline else ""
     print(f"| case | {unit}/s, median | range | CPU ms each, median | range |{last}")
@@ -106,7 +106,8 @@ def print_header(threads: int, device: torch.device) -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
         f"OpenCV {cv2.__version__}, NumPy {np.__version__}, Pillow {pillow_version}"
     )
-    print(f"CPU: {_processor()}, {os.cpu_count()} cores; torch threads {threads}; GPU: {where}")
+    spin = os.environ.get("OMP_WAIT_POLICY", "default")
+    print(f"CPU: {_processor()}, {os.cpu_count()} cores; torch threads {threads} (wait policy {spin}); GPU: {where}")
     print_load("at the start")
 
 
@@ -135,9 +136,9 @@ def make_store(folder: Path, *, videos: int, frames: int, size: int, color: bool
         video = f"{number + 1:016x}"
         write_video(folder, video, jpegs)
         rows.append(VideoRow(
-            video=video, source="main", path=f"{video}.avi", sha256=f"{number + 1:064x}", patient="", label=label, kind="video",
-            frames=frames, frames_decoded=frames, frames_claimed=frames, fps=12.0, fps_source="container", width=size,
-            height=size, stored_width=size, stored_height=size, channels=3 if color else 1,
+            video=video, source="main", path=f"{video}.avi", sha256=f"{number + 1:064x}", patient="", label=label,
+            kind="video", frames=frames, frames_decoded=frames, frames_claimed=frames, fps=12.0, fps_source="container",
+            width=size, height=size, stored_width=size, stored_height=size, channels=3 if color else 1,
             bytes=(folder / f"{video}.tar").stat().st_size,
         ))
     Manifest(rows).write(folder / "manifest.csv")

@@ -23,8 +23,9 @@ class ReferenceStep:
     """One process, no data-parallel wrapper (whose buffer broadcast would come on top).
 
     Args:
-        backbone: name. batch: videos of a step. negatives: of each video. queue, cycle_queue: entries of the dead queues;
-            the defaults are those of the published program (its scripts shrink the first to 32).
+        backbone: name. batch: videos of a step. negatives: of each video.
+        queue, cycle_queue: entries of the dead queues; the defaults are those of the published program (its scripts
+            shrink the first to 32).
     """
 
     def __init__(
@@ -32,7 +33,8 @@ class ReferenceStep:
         cycle_queue: int = 81920, support: int = 4, temperature: float = 0.07, momentum: float = 0.999,
     ) -> None:
         trunk, features = build_backbone(backbone)
-        self.query = nn.ModuleDict({"trunk": trunk, "head": _mlp(features, dim), "cycle": _mlp(features, dim)}).to(device)
+        parts = {"trunk": trunk, "head": _mlp(features, dim), "cycle": _mlp(features, dim)}
+        self.query = nn.ModuleDict(parts).to(device)
         self.key = copy.deepcopy(self.query).requires_grad_(False)
         self.bank = torch.zeros(batch * negatives, dim, device=device)
         self.queue = F.normalize(torch.randn(dim, queue, device=device), dim=0)
@@ -41,7 +43,7 @@ class ReferenceStep:
         self.optimizer = torch.optim.SGD(self.query.parameters(), 0.003, momentum=0.9, weight_decay=1e-4)
 
     def __call__(self, frames: dict[str, torch.Tensor], cross_only: bool) -> float:
-        """One optimiser step on roles anchor, second, positive [B, 1, 3, H, W] and negatives [B, n, 3, H, W]; the loss."""
+        """One optimiser step; the loss. Roles anchor, second, positive: [B, 1, 3, H, W]; negatives: [B, n, 3, H, W]."""
         batch, count = frames["negatives"].shape[:2]
         negatives, _ = self._embed(self.query, frames["negatives"].flatten(0, 1))
         self.bank.copy_(negatives.detach())
@@ -77,7 +79,9 @@ class ReferenceStep:
         features = networks["trunk"](images)
         return F.normalize(networks["head"](features), dim=1), F.normalize(networks["cycle"](features), dim=1)
 
-    def _dead_branches(self, q: torch.Tensor, q_cycle: torch.Tensor, second: torch.Tensor, keys_cycle: torch.Tensor) -> None:
+    def _dead_branches(
+        self, q: torch.Tensor, q_cycle: torch.Tensor, second: torch.Tensor, keys_cycle: torch.Tensor
+    ) -> None:
         """Queue logits, soft nearest neighbour and cycle back: computed by the program, never used by its loss."""
         torch.cat([(q * second).sum(1, keepdim=True), q @ self.queue], dim=1).div(self.temperature)
         nearest = []

@@ -26,21 +26,21 @@ def startup(repeats: int) -> None:
     }
     for stage in STAGES:
         # Not as __main__: everything is imported and nothing runs.
-        statements[f"stages/{stage}.py, imports"] = f"import runpy; runpy.run_path('stages/{stage}.py', run_name='stage')"
+        run = f"import runpy; runpy.run_path('stages/{stage}.py', run_name='stage')"
+        statements[f"stages/{stage}.py, imports"] = run
+    # Asked first, which also fills the page cache and writes byte code.
+    heavy = {name: _loads_torch(statement, root) for name, statement in statements.items()}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in statements}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, statement in statements.items():
-            measured = _spent([sys.executable, "-c", statement], root)
-            # The first turn fills the page cache and writes byte code.
-            if turn:
-                taken[name].append(measured)
+            taken[name].append(_spent([sys.executable, "-c", statement], root))
     print("\n### Start-up, warm, fresh interpreter each\n")
     print("| what | wall ms, median | range | CPU ms, median | imports torch |\n|---|---:|---|---:|---|")
     for name, runs in taken.items():
         wall, cpu = [1000 * run[0] for run in runs], [1000 * run[1] for run in runs]
         print(
-            f"| {name} | {statistics.median(wall):.0f} | {min(wall):.0f} to {max(wall):.0f} | {statistics.median(cpu):.0f} "
-            f"| {_loads_torch(statements[name], root)} |", flush=True,
+            f"| {name} | {statistics.median(wall):.0f} | {min(wall):.0f} to {max(wall):.0f} "
+            f"| {statistics.median(cpu):.0f} | {heavy[name]} |", flush=True,
         )
     _nothing_to_do(root, repeats)
 
@@ -55,7 +55,7 @@ def _spent(words: list[str], folder: Path) -> tuple[float, float]:
 
 def _loads_torch(statement: str, folder: Path) -> str:
     asked = f"{statement}\nimport sys; print('torch' in sys.modules, 'torchvision' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", asked], cwd=folder, check=True, capture_output=True, text=True).stdout
+    answer = subprocess.check_output([sys.executable, "-c", asked], cwd=folder, text=True)
     return {"True True": "torch, torchvision", "True False": "torch"}.get(answer.splitlines()[-1], "no")
 
 

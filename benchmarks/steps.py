@@ -1,4 +1,4 @@
-"""Benchmarks of the training loop: the loader alone, the wait for data in real steps, and the UCL step against others."""
+"""Benchmarks of the training loop: the loader alone, the wait for data in real steps, the UCL step against others."""
 
 from __future__ import annotations
 
@@ -89,7 +89,14 @@ def without_second(batch: ClipBatch) -> ClipBatch:
     return ClipBatch({role: x for role, x in batch.frames.items() if role != "second"}, batch.video, batch.label)
 
 
-def loading(folder: Path, repeats: int, quick: bool, device: torch.device, backbone: str, size: int, threads: int) -> None:
+def _has_bfloat16(device: torch.device) -> bool:
+    """Where the pretraining loop computes in bfloat16 by itself."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def loading(
+    folder: Path, repeats: int, quick: bool, device: torch.device, backbone: str, size: int, threads: int
+) -> None:
     """The loader alone, then whole epochs of training against the same steps on one batch that is there already."""
     loader = make_loader(folder, size, threads, quick)
     epochs = 4 if quick else 20
@@ -101,10 +108,10 @@ def loading(folder: Path, repeats: int, quick: bool, device: torch.device, backb
     torch.set_num_threads(1)
     taken = compare({"ClipLoader": alone}, repeats)
     torch.set_num_threads(threads)
-    title = f"Loader alone, UCL sampling, {VIDEOS} videos in memory, {size} px, {threads} rendering threads, 1 of torch"
-    print_table(title + " (a sample is 5 views)", taken, "samples")
+    title = f"Loader alone, UCL sampling (5 views a sample), {VIDEOS} videos in memory, {size} px"
+    print_table(f"{title}, {threads} rendering threads, 1 of torch", taken, "samples")
 
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bfloat16 = _has_bfloat16(device)
     step, resident = OurStep(backbone, device, bfloat16=bfloat16), without_second(random_batch(size, device))
     rounds = (1 if quick else 2) if device.type == "cpu" else 25
     shares: list[tuple[float, float]] = []
@@ -132,7 +139,8 @@ def loading(folder: Path, repeats: int, quick: bool, device: torch.device, backb
     names = ("batch already on the device", "training loop with loader")
     taken = compare(dict(zip(names, (no_loading, loop), strict=True)), repeats)
     precision = "bfloat16" if bfloat16 else "float32"
-    print_table(f"Training with the full loss, {backbone}, {size} px, {BATCH} videos a step, {precision}", taken, "images")
+    title = f"Training with the full loss, {backbone}, {size} px, {BATCH} videos a step, {precision}"
+    print_table(title, taken, "images")
     kept = ratio(taken[names[1]].rates, taken[names[0]].rates)
     print(f"\nthroughput kept: {kept[0]:.1%} ({kept[1]:.1%} to {kept[2]:.1%})")
     for label, column in (("waiting for rendered views", 0), ("whole hand-over, normalisation included", 1)):
@@ -147,7 +155,7 @@ def ucl_steps(repeats: int, device: torch.device, backbone: str, size: int) -> N
     ours, bare = OurStep(backbone, device), BareStep(backbone, device)
     reference = ReferenceStep(backbone, device, batch=BATCH, negatives=UCLParams().num_negatives)
     mine = without_second(batch)
-    halved = OurStep(backbone, device, bfloat16=True) if device.type == "cuda" else None
+    halved = OurStep(backbone, device, bfloat16=True) if _has_bfloat16(device) else None
 
     def once(function: Callable[..., Any], *arguments: Any) -> Callable[[], int]:
         def case() -> int:

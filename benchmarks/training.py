@@ -30,11 +30,11 @@ PARTS = ("reading", "augmentation", "loader", "step", "startup")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmarks of reading, augmentation, loading, the UCL step and start-up.")
+    parser = argparse.ArgumentParser(description="Benchmarks of reading, augmentation, loading, UCL step and start-up.")
     parser.add_argument("--quick", action="store_true", help="about one minute: fewer repeats, 64 px only")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; default: all")
-    parser.add_argument("--repeats", type=int, default=None, help="measured passes of each case (default 5; quick 2)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=None, help="pixels of loader and step (default 112 224)")
+    parser.add_argument("--repeats", type=int, help="measured passes of each case (default 5; quick 2)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels of loader and step (default 112 224)")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch and the loader")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -58,7 +58,7 @@ def main() -> None:
             if "step" in options.only:
                 ucl_steps(repeats, device, options.backbone, size)
     if "startup" in options.only:
-        startup(repeats)
+        startup(1 if options.quick else repeats)
     print()
     print_load("at the end")
 
