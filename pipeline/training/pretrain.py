@@ -158,7 +158,7 @@ class Pretraining:
 
     def _gathered_sums(self) -> dict[str, torch.Tensor]:
         """Partial sums of the curves: name -> float64 [W], one entry a process."""
-        names = sorted(self.sums)
+        names = list(self.sums)  # in order of appearance, which is that of the columns and equal in all processes
         mine = torch.tensor([float(self.sums[name]) for name in names], dtype=torch.float64, device=self.device)
         return dict(zip(names, distributed.all_gather_rows(mine[None]).T.cpu(), strict=True))
 
