@@ -48,7 +48,8 @@ def restore_rng_state(states: dict[str, Any], device: torch.device) -> bool:
     """Set this process's generators from `collect_rng_states`; False when the number of processes differs."""
     if rank() >= len(states["cpu"]):
         return False
-    torch.set_rng_state(states["cpu"][rank()])
+    # Cloned: torch reads a generator's state from the beginning of the storage, whatever row of it is given.
+    torch.set_rng_state(states["cpu"][rank()].clone())
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][rank()], device)
+        torch.cuda.set_rng_state(states["cuda"][rank()].clone(), device)
     return True
