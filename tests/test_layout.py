@@ -65,6 +65,7 @@ ORDER = """
     evaluation.summary evaluation.content
     evaluation.pages
     evaluation.evaluate
+    evaluation.compare
     methods.base
     methods.*
     training.optim training.inputs
