@@ -19,6 +19,7 @@ from pipeline.config import FinetuneParams
 from pipeline.data.frames import FrameCache
 from pipeline.data.loader import sample_generator
 from pipeline.data.transforms import draw_view, normalize, render
+from pipeline.errors import PipelineError
 from pipeline.evaluation.features import evenly_spaced, render_centre
 from pipeline.evaluation.metrics import Scores, classification_metrics, select_epoch
 from pipeline.models.classifier import Classifier
@@ -178,7 +179,16 @@ class Finetuning:
         items, inputs = self._inputs[part]
         self.network.eval()
         logits = torch.cat([self.live(chunk) for chunk in inputs.split(256)])
-        return Predictions(items, logits.float().softmax(1).cpu().numpy())
+        probabilities = logits.float().softmax(1).cpu().numpy()
+        self._demand_finite(probabilities)
+        return Predictions(items, probabilities)
+
+    def _demand_finite(self, numbers: np.ndarray) -> None:
+        if not np.isfinite(numbers).all():
+            raise PipelineError(
+                f"finetune: loss or predictions are not finite after epoch {len(self.rows) + 1}. Lower finetune.optimizer.lr (now "
+                f"{self.params.optimizer.lr:g}), and check that the encoder's weights are finite."
+            )
 
     def _score(self, part: str) -> dict[str, float]:
         """Metrics per video of one part; frames are averaged first."""
@@ -193,13 +203,18 @@ class Finetuning:
         }
 
     def train(self, tracker: Any, title: str) -> None:
-        """All epochs; afterwards the network holds the weights of the selected one."""
+        """All epochs; afterwards the network holds the weights of the selected one.
+
+        Raises:
+            PipelineError: the loss or a prediction is not finite.
+        """
         params = self.params
         watched = {"inner": "validation", "best_on_test": "test"}.get(params.selection)
         name, rule = f"{watched}_{params.selection_metric}", "lowest" if params.selection_metric == "loss" else "highest"
         kept: dict[str, torch.Tensor] | None = None
         for epoch in tqdm(range(params.epochs), desc=title, unit="epoch", disable=None, mininterval=1.0):
             row: dict[str, Any] = {"epoch": epoch, **self._train_epoch(epoch)}
+            self._demand_finite(np.array(row["train_loss"]))
             for part in ["validation"] * bool(self.data.validation) + ["test"] * (watched == "test"):
                 row |= {f"{part}_{key}": value for key, value in self._score(part).items()}
             self.rows.append(row)

@@ -1,0 +1,368 @@
+"""Fine-tuning: what trains and what stays, honest selection, leaks refused, predictions as agreed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_kit import CPU, ListTracker, make_config, make_project, make_run, make_store
+
+from pipeline.data.frames import FrameCache, gather_videos
+from pipeline.data.splits import Splits
+from pipeline.data.store import FrameStore
+from pipeline.errors import CheckpointError, ConfigError, DataError, LeakageError, PipelineError
+from pipeline.models.backbones import build_backbone
+from pipeline.models.classifier import Classifier
+from pipeline.training.finetune import FinetuneData, Finetuning, Predictions, class_weights, subset_by_patient
+from pipeline.training.finetune_stage import run_finetune_stage
+
+PARTS = {"train": [0, 1, 2, 3], "validation": [4, 5], "test": [6, 7]}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FrameStore:
+    return make_store(tmp_path_factory.mktemp("store"), patients=8, frames=6)
+
+
+def make_data(store: FrameStore, labels: list[int] | None = None, size: int = 40) -> FinetuneData:
+    """Eight patients: four to train on, two to select with, two to test; both classes in each part."""
+    frames = FrameCache(gather_videos([store]), size)
+    by_patient = sorted(range(8), key=lambda v: frames.videos[v].row.patient)
+    found = np.zeros(8, np.int64)
+    for position, video in enumerate(by_patient):
+        found[video] = position % 2 if labels is None else labels[position]
+    parts = {part: sorted(by_patient[p] for p in positions) for part, positions in PARTS.items()}
+    return FinetuneData(frames, found, [r.row.patient for r in frames.videos], ["a", "b"], **parts)
+
+
+def make_network(trainable: str = "last_block", batchnorm: str = "frozen", seed: int = 0, head: str = "linear") -> Classifier:
+    backbone, features = build_backbone("resnet10", seed)
+    torch.manual_seed(seed)
+    return Classifier(backbone, "resnet10", features, 2, head=head, trainable=trainable, batchnorm=batchnorm)
+
+
+def make_finetuning(tmp_path: Path, data: FinetuneData, network: Classifier | None = None, seed: int = 0, **changes: Any) -> Finetuning:
+    settings = {"finetune__optimizer": {"name": "adam", "lr": 0.003}, **{f"finetune__{k}": v for k, v in changes.items()}}
+    params = make_config(tmp_path, **settings).finetune
+    kind = {"trainable": params.trainable, "batchnorm": params.batchnorm}
+    return Finetuning(network or make_network(**kind), data, params, seed=seed, size=32, device=CPU)
+
+
+# --- the network -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["linear", "last_block", "all", "layer3.0"])
+@pytest.mark.parametrize("batchnorm", ["frozen", "train"])
+def test_training__what_is_frozen_stays_what_trains_moves(store: FrameStore, tmp_path: Path, trainable: str, batchnorm: str) -> None:
+    run = make_finetuning(tmp_path, make_data(store), trainable=trainable, batchnorm=batchnorm, selection="last", epochs=2)
+    before = {k: v.clone() for k, v in run.network.state_dict().items()}
+    run.train(ListTracker(), "test")
+    prefix = {"linear": "nothing", "last_block": "layer4.0.", "all": "", "layer3.0": "layer3.0"}[trainable]
+    moved = {k for k, v in run.network.state_dict().items() if not torch.equal(v, before[k])}
+    for name, _ in run.network.named_parameters():
+        inside = name.startswith("head.") or name.removeprefix("backbone.").startswith(prefix)
+        assert (name in moved) == inside, name
+    statistics = {k for k in moved if "running" in k}
+    everything = {k for k in before if "running" in k}
+    trained = {k for k in everything if k.removeprefix("backbone.").startswith(prefix)}
+    assert statistics == (everything if batchnorm == "train" else trained)
+
+
+def test_classifier__modes_of_batch_norm() -> None:
+    for trainable, batchnorm, epoch, stem, last, head in [
+        ("last_block", "frozen", 0, False, True, True),
+        ("last_block", "train", 0, True, True, True),
+        ("linear", "frozen", 5, False, False, True),
+        ("all", "frozen", 0, True, True, True),
+        ("all", "official_eval_after_first_epoch", 0, True, True, True),
+        ("all", "official_eval_after_first_epoch", 1, False, False, False),
+    ]:
+        network = make_network(trainable, batchnorm, head="mlp")
+        network.eval()
+        network.training_mode(epoch)
+        modes = (network.backbone.bn1.training, network.backbone.layer4[0].bn2.training, network.head.training)
+        assert modes == (stem, last, head), (trainable, batchnorm, epoch)
+
+
+def test_classifier__unknown_prefix_names_the_allowed() -> None:
+    with pytest.raises(ConfigError) as refused:
+        make_network("layer9")
+    assert str(refused.value) == (
+        "finetune.trainable: no parameter of resnet10 begins with 'layer9'. Allowed: linear, last_block, all, or a prefix such as "
+        "layer2.0, layer3.0, layer4.0."
+    )
+    with pytest.raises(ConfigError, match=r"finetune\.head: unknown head 'linaer'\. Allowed: linear, mlp\. Did you mean 'linear'\?"):
+        make_network(head="linaer")
+
+
+@pytest.mark.parametrize("trainable", ["linear", "last_block", "layer2.0", "layer3.0.conv2"])
+def test_classifier__split_is_the_same_function(trainable: str) -> None:
+    network = make_network(trainable)
+    network.eval()
+    frozen, live = network.split()
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(live(frozen(images)), network(images))
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("trainable", ["linear", "last_block"])
+def test_finetuning__cached_features_change_nothing(store: FrameStore, tmp_path: Path, trainable: str) -> None:
+    """Frozen outputs computed once, or the whole network every time: the same losses and probabilities."""
+    data = make_data(store)
+    runs = []
+    for cached in (3, 0):
+        run = make_finetuning(tmp_path, data, trainable=trainable, cached_views=cached, epochs=3, selection="last")
+        assert run.cached == bool(cached)
+        run.train(ListTracker(), "test")
+        runs.append(run)
+    for one, other in zip(runs[0].rows, runs[1].rows, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+    np.testing.assert_allclose(runs[0].predict("test").probabilities, runs[1].predict("test").probabilities, atol=1e-4)
+    assert not make_finetuning(tmp_path, data, trainable="last_block", batchnorm="train").cached
+    assert not make_finetuning(tmp_path, data, trainable="all").cached
+
+
+# --- weights, fractions, sampling --------------------------------------------------------------------------------------
+
+
+def test_class_weights__balanced_over_videos() -> None:
+    labels = np.array([0, 0, 0, 1])
+    weights = class_weights(labels, 2, "balanced")
+    torch.testing.assert_close(weights, torch.tensor([4 / 6, 2.0]))
+    assert float(weights[torch.from_numpy(labels)].mean()) == pytest.approx(1)
+    assert class_weights(labels, 2, "none") is None
+    assert torch.isfinite(class_weights(labels, 3, "balanced")).all()
+
+
+def test_subset_by_patient__nested_whole_patients_every_class() -> None:
+    groups = [f"P{v // 2}" for v in range(60)]
+    labels = np.array([v // 2 % 3 for v in range(60)])
+    videos = list(range(60))
+    parts = [set(subset_by_patient(videos, labels, groups, f, seed=4)) for f in (0.01, 0.1, 0.3, 0.5, 0.9, 1.0)]
+    for smaller, larger in zip(parts, parts[1:], strict=False):
+        assert smaller <= larger
+    assert [len(p) for p in parts] == [6, 6, 18, 30, 54, 60]
+    for part in parts:
+        assert {int(labels[v]) for v in part} == {0, 1, 2}
+        assert all((v ^ 1) in part for v in part), "both videos of a patient, or none"
+    assert parts[2] != set(subset_by_patient(videos, labels, groups, 0.3, seed=5))
+
+
+def test_finetuning__seed_decides_frames_order_and_result(store: FrameStore, tmp_path: Path) -> None:
+    data = make_data(store)
+
+    def result(seed: int) -> np.ndarray:
+        run = make_finetuning(tmp_path, data, make_network(seed=0), seed=seed, epochs=2, selection="last")
+        run.train(ListTracker(), "test")
+        return run.predict("test").probabilities
+
+    assert np.array_equal(result(3), result(3))
+    assert not np.array_equal(result(3), result(4))
+
+
+def test_predictions__frames_of_a_video_are_averaged() -> None:
+    found = Predictions([(3, 0), (1, 0), (3, 5)], np.array([[0.2, 0.8], [1, 0], [0.4, 0.6]], np.float32))
+    videos, probabilities = found.by_video()
+    assert videos.tolist() == [1, 3]
+    np.testing.assert_allclose(probabilities, [[1, 0], [0.3, 0.7]], atol=1e-6)
+
+
+# --- selection ---------------------------------------------------------------------------------------------------------
+
+
+def test_selection__best_epoch_of_the_inner_patients(store: FrameStore, tmp_path: Path) -> None:
+    """Earliest best of validation; afterwards the network holds exactly that epoch's weights."""
+    data = make_data(store)
+    run = make_finetuning(tmp_path, data, epochs=5, selection_metric="loss", optimizer={"name": "adam", "lr": 0.05, "schedule": "constant"})
+    run.train(ListTracker(), "test")
+    losses = [row["validation_loss"] for row in run.rows]
+    assert run.selected_epoch == int(np.argmin(losses))
+    assert run._score("validation")["loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert not any(key.startswith("test_") for key in run.rows[0]), "the test patients are not even looked at"
+
+
+def test_selection__test_labels_play_no_part_unless_asked(store: FrameStore, tmp_path: Path) -> None:
+    """With other labels on the test patients `inner` does the very same; `best_on_test` looks at them."""
+    honest = [0, 1, 0, 1, 0, 1, 0, 1]
+    swapped = [0, 1, 0, 1, 0, 1, 1, 0]
+    found: dict[str, list] = {"inner": [], "best_on_test": []}
+    for selection, seen in found.items():
+        for labels in (honest, swapped):
+            run = make_finetuning(tmp_path, make_data(store, labels), epochs=5, selection=selection, selection_metric="loss")
+            run.train(ListTracker(), "test")
+            seen.append((run.selected_epoch, run.predict("test").probabilities.tobytes(), run.rows))
+    assert found["inner"][0] == found["inner"][1]
+    assert "test_loss" in found["best_on_test"][0][2][0]
+    for _, _, rows in found["best_on_test"]:
+        assert "test_loss" in rows[0]
+    picked = [np.argmin([row["test_loss"] for row in rows]) for _, _, rows in found["best_on_test"]]
+    assert [epoch for epoch, _, _ in found["best_on_test"]] == picked
+    assert picked[0] != picked[1]
+
+
+def test_training__learns_two_obvious_classes(store: FrameStore, tmp_path: Path) -> None:
+    run = make_finetuning(tmp_path, make_data(store), epochs=12)
+    tracker = ListTracker()
+    run.train(tracker, "test")
+    assert run.rows[-1]["train_loss"] < 0.5 * run.rows[0]["train_loss"]
+    assert run.rows[-1]["train_accuracy"] > 0.9
+    assert [step for step, _ in tracker.metrics] == list(range(12))
+
+
+def test_training__last_single_sample_joins_its_neighbour(store: FrameStore, tmp_path: Path) -> None:
+    """Four videos of two frames in batches of seven: the eighth sample alone would stop batch norm."""
+    run = make_finetuning(tmp_path, make_data(store), epochs=1, batch_size=7, selection="last")
+    run.train(ListTracker(), "test")
+    assert np.isfinite(run.rows[0]["train_loss"])
+
+
+def test_training__numbers_that_are_not_finite(store: FrameStore, tmp_path: Path) -> None:
+    for selection in ("inner", "last"):
+        run = make_finetuning(tmp_path, make_data(store), epochs=3, selection=selection, optimizer={"name": "sgd", "lr": 1e30})
+        with pytest.raises(PipelineError, match=r"^finetune: loss or predictions are not finite after epoch \d\. Lower finetune\.optimizer\.lr"):
+            run.train(ListTracker(), "test")
+    healthy = make_finetuning(tmp_path, make_data(store))
+    torch.nn.init.constant_(healthy.network.head.bias, float("nan"))
+    with pytest.raises(PipelineError, match="check that the encoder's weights are finite"):
+        healthy.predict("test")
+
+
+# --- the stage ---------------------------------------------------------------------------------------------------------
+
+
+def write_encoder(folder: Path, config, splits: Splits, fold: int = 0, **card: Any) -> None:
+    """An encoder as the pretrain stage leaves it, untrained, for the training patients of a fold."""
+    run = make_run(config, FrameStore(folder / "data/frames/main"), folder / ".scratch/unused")
+    target = folder / f"models/encoders/fold{fold}"
+    run.export(target)
+    path = target / "card.json"
+    facts = {"groups": splits.groups_of(splits.fold(fold).train), "scope": "fold", **card}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+SETTINGS = {"pretrain__method": "random", "finetune__epochs": 2}
+
+
+def test_stage__files_as_agreed(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    write_encoder(project, config, splits)
+    assert run_finetune_stage(config, "pretrained", 0, 0) == (
+        "finetune pretrained fold 0 seed 0: done; predictions in models/finetuned/pretrained-seed0-fold0")
+    folder = project / "models/finetuned/pretrained-seed0-fold0"
+    table = pd.read_csv(folder / "predictions.csv", dtype=str)
+    assert list(table.columns) == ["init", "seed", "fold", "part", "video", "patient", "frame", "label", "p_a", "p_b"]
+    fold = splits.fold(0)
+    assert set(table[table.part == "test"].video) == set(fold.test)
+    assert set(table[table.part == "validation"].video) == set(fold.inner[0].validation)
+    assert set(table.part) == {"test", "validation"}
+    assert (table.groupby(["part", "video"]).size() == 2).all()
+    probabilities = table[["p_a", "p_b"]].astype(float)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    for column in ("p_a", "p_b"):
+        text = table[column]
+        assert (text.astype(float).map(lambda x: float(np.float32(x))) == text.astype(float)).all(), "full float32 precision"
+    assert (table.patient == table.video.map(splits.groups)).all()
+    assert (table.label == table.video.map(splits.labels)).all()
+    card = json.loads((folder / "card.json").read_text())
+    assert card["test_groups"] == splits.groups_of(fold.test)
+    assert card["validation_groups"] == splits.groups_of(fold.inner[0].validation)
+    assert card["train_groups"] == splits.groups_of(fold.inner[0].train)
+    assert card["pretrain_groups"] == splits.groups_of(fold.train)
+    assert (card["stamp"], card["selection"], card["pretrain_scope"], card["seed"]) == (None, "inner", "fold", 0)
+    assert len(list(csv.DictReader((folder / "curves.csv").open()))) == 2
+    weights = load_file(str(folder / "model.safetensors"))
+    encoder = load_file(str(project / "models/encoders/fold0/encoder.safetensors"))
+    assert torch.equal(weights["backbone.conv1.weight"], encoder["conv1.weight"])
+    assert weights["head.weight"].shape == (2, 512)
+    assert json.loads((project / "reports/runs/finetune-pretrained-seed0-fold0.json").read_text())["fingerprint"] == card["fingerprint"]
+
+
+def test_stage__random_needs_no_encoder_and_results_are_reused(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    assert ": done;" in run_finetune_stage(config, "random", 0, 1)
+    folder = project / "models/finetuned/random-seed0-fold1"
+    first = (folder / "predictions.csv").read_bytes()
+    (folder / "predictions.csv").unlink()
+    assert ": finished result reused;" in run_finetune_stage(config, "random", 0, 1)
+    assert (folder / "predictions.csv").read_bytes() == first
+    assert ": done;" in run_finetune_stage(config, "random", 1, 1)
+    other = pd.read_csv(project / "models/finetuned/random-seed1-fold1/predictions.csv")
+    assert not np.allclose(other.p_a, pd.read_csv(folder / "predictions.csv").p_a), "another seed, another result"
+    changed = make_config(project, **{**SETTINGS, "methods__ucl__temperature": 0.5, "pretrain__epochs": 9})
+    assert "reused" in run_finetune_stage(changed, "random", 0, 1), "pretraining does not concern the untrained network"
+    card = json.loads((folder / "card.json").read_text())
+    assert (card["pretrain_groups"], card["pretrain_scope"], card["method"]) == ([], "none", "random")
+
+
+def test_stage__selection_on_test_is_stamped(project: Path) -> None:
+    config, _ = make_project(project, **SETTINGS, finetune__selection="best_on_test")
+    run_finetune_stage(config, "random", 0, 0)
+    card = json.loads((project / "models/finetuned/random-seed0-fold0/card.json").read_text())
+    assert card["stamp"] == "optimistic (selected on test)"
+
+
+def test_stage__encoder_that_saw_test_patients_is_refused(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    leaked = splits.groups_of(splits.fold(0).test)
+    write_encoder(project, config, splits, groups=[*splits.groups_of(splits.fold(0).train), leaked[0]])
+    with pytest.raises(LeakageError) as refused:
+        run_finetune_stage(config, "pretrained", 0, 0)
+    assert str(refused.value) == (
+        f"models/encoders/fold0: this encoder was pretrained on 1 test patients of fold 0, for example {leaked[0]}. Run the pretrain "
+        f"stage again with pretrain.scope: fold."
+    )
+    assert not (project / "models/finetuned").exists()
+    write_encoder(project, config, splits, groups=sorted(set(splits.groups.values())), scope="all")
+    run_finetune_stage(config, "pretrained", 0, 0)
+    card = json.loads((project / "models/finetuned/pretrained-seed0-fold0/card.json").read_text())
+    assert card["pretrain_scope"] == "all", "transductive by request, and said in the card"
+
+
+def test_stage__missing_foreign_and_damaged_encoders(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"^models/encoders/fold0: no encoder\. Run the pretrain stage first \(dvc repro pretrain@0\)\.$"):
+        run_finetune_stage(config, "pretrained", 0, 0)
+    write_encoder(project, config, splits)
+    other = make_config(project, **SETTINGS, pretrain__backbone="resnet18")
+    with pytest.raises(CheckpointError, match=r"does not fit this backbone: \d+ of \d+ tensors are missing.*Check pretrain\.backbone"):
+        run_finetune_stage(other, "pretrained", 0, 0)
+    (project / "models/encoders/fold0/encoder.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"models/encoders: encoder\.safetensors is not a readable weights file"):
+        run_finetune_stage(config, "pretrained", 0, 0)
+    (project / "models/encoders/fold0/card.json").write_text('{"groups": []}')
+    with pytest.raises(CheckpointError, match=r"card\.json: lacks scope, method, fingerprint\. Run the pretrain stage again"):
+        run_finetune_stage(config, "pretrained", 0, 0)
+
+
+def test_stage__inner_selection_without_inner_patients(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    replace(splits, folds=[replace(fold, inner=[]) for fold in splits.folds]).write(project / "data/splits.json")
+    with pytest.raises(DataError, match=r"finetune\.selection: inner needs inner validation patients, but fold 0 has too few\. Use selection: last"):
+        run_finetune_stage(config, "random", 0, 0)
+    last = make_config(project, **SETTINGS, finetune__selection="last")
+    run_finetune_stage(last, "random", 0, 0)
+    card = json.loads((project / "models/finetuned/random-seed0-fold0/card.json").read_text())
+    assert (card["validation_groups"], card["selected_epoch"]) == ([], 1)
+
+
+def test_stage__label_fraction_is_written_down(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS, finetune__label_fraction=0.5)
+    run_finetune_stage(config, "random", 0, 0)
+    card = json.loads((project / "models/finetuned/random-seed0-fold0/card.json").read_text())
+    assert set(card["train_groups"]) < set(splits.groups_of(splits.fold(0).inner[0].train))
+    assert card["label_fraction"] == 0.5
