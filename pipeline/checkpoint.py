@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from pipeline.errors import CheckpointError
-from pipeline.files import write_json
+from pipeline.files import atomic_write, write_json
 
 __all__ = [
     "KeyReport", "export_encoder", "latest_checkpoint", "load_checkpoint", "load_trunk", "read_state_dict", "save_checkpoint",
+    "save_tensors",
 ]
 
 FORMAT = 1
@@ -90,13 +91,25 @@ def latest_checkpoint(folder: Path, fingerprint: str) -> tuple[dict[str, Any] | 
     return None, skipped
 
 
+def save_tensors(path: Path, state: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors as one safetensors file, atomically; `about` goes into its metadata as JSON under `sonoscope`.
+
+    Equal tensors give equal bytes. The library alone does not do that: it writes the metadata in random order, and everything
+    that knows files by their hash (DVC, fingerprints) would take a repeated result for a new one.
+    """
+    metadata = {"format": "pt", "sonoscope": json.dumps(dict(about))}
+    raw = save({name: value.detach().cpu().contiguous() for name, value in state.items()}, metadata)
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start]) | {"__metadata__": metadata}
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the numbers behind it aligned
+    atomic_write(path, len(text).to_bytes(8, "little") + text + raw[start:])
+
+
 def export_encoder(folder: Path, state: Mapping[str, torch.Tensor], card: Mapping[str, Any]) -> None:
     """Write `encoder.safetensors` (float32, torchvision names) and `card.json` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    part = folder / ".encoder.part"
-    save_file(tensors, str(part), metadata={"format": "pt", "sonoscope": json.dumps({"schema": 1, "backbone": card.get("backbone", "")})})
-    os.replace(part, folder / "encoder.safetensors")
+    save_tensors(folder / "encoder.safetensors", state, {"schema": 1, "backbone": card.get("backbone", "")})
     write_json(folder / "card.json", card)
 
 

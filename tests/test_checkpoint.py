@@ -13,10 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline import checkpoint
-from pipeline.checkpoint import export_encoder, latest_checkpoint, load_checkpoint, load_trunk, read_state_dict, save_checkpoint
+from pipeline.checkpoint import (
+    export_encoder,
+    latest_checkpoint,
+    load_checkpoint,
+    load_trunk,
+    read_state_dict,
+    save_checkpoint,
+)
 from pipeline.errors import CheckpointError
 from pipeline.models.backbones import build_backbone, imagenet_state
 
@@ -59,7 +67,9 @@ def test_latest_checkpoint__falls_back_behind_damaged_ones(tmp_path: Path) -> No
     found, skipped = latest_checkpoint(tmp_path, MARK)
     assert found["epoch"] == 3
     assert len(skipped) == 1
-    assert re.fullmatch(r"state-0000000004\.pt: not a readable checkpoint \(\w+\)\. Delete it to start over\.", skipped[0])
+    assert re.fullmatch(
+        r"state-0000000004\.pt: not a readable checkpoint \(\w+\)\. Delete it to start over\.", skipped[0]
+    )
 
 
 def test_save_checkpoint__damaged_newer_files_do_not_push_out_good_ones(tmp_path: Path) -> None:
@@ -101,7 +111,10 @@ def test_load_checkpoint__no_damage_goes_unnoticed(tmp_path: Path) -> None:
 
 def test_load_checkpoint__foreign_fingerprint_and_format(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, state(1))
-    with pytest.raises(CheckpointError, match=f"belongs to another run \\(fingerprint {MARK}, this run has ffff\\).*delete it to start over"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"belongs to another run \\(fingerprint {MARK}, this run has ffff\\).*delete it to start over",
+    ):
         load_checkpoint(path, "ffff")
     torch.save({"format": 99}, path)
     with pytest.raises(CheckpointError, match="not a Sonoscope checkpoint of format 1"):
@@ -139,7 +152,9 @@ class Payload:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("read", [lambda p: read_state_dict(p), lambda p: load_checkpoint(p, MARK)], ids=["weights", "checkpoint"])
+@pytest.mark.parametrize(
+    "read", [lambda p: read_state_dict(p), lambda p: load_checkpoint(p, MARK)], ids=["weights", "checkpoint"]
+)
 def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, read) -> None:
     path, mark = tmp_path / "evil.pt", tmp_path / "ran"
     torch.save({"state_dict": Payload(mark)}, path)
@@ -149,10 +164,16 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, read) -> None:
 
 
 def test_read_state_dict__messages(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"pretrain\.init: .*imagnet does not exist\. Allowed: random, imagenet, or a weights file"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"pretrain\.init: .*imagnet does not exist\. Allowed: random, imagenet, or a weights file",
+    ):
         read_state_dict(tmp_path / "imagnet")
     torch.save({"state_dict": Payload(tmp_path / "x")}, tmp_path / "code.pth")
-    with pytest.raises(CheckpointError, match="code.pth is refused: it holds Python objects that would run code.*ask its author for a state dict"):
+    with pytest.raises(
+        CheckpointError,
+        match="code.pth is refused: it holds Python objects that would run code.*ask its author for a state dict",
+    ):
         read_state_dict(tmp_path / "code.pth")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(CheckpointError, match=r"text\.safetensors is not a readable weights file"):
@@ -165,13 +186,19 @@ def test_read_state_dict__messages(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "tensor.pt")
 
 
-@pytest.mark.parametrize("prefix", ["", "module.encoder_q.", "encoder_q.", "module.", "backbone.", "encoder.", "module.backbone."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.encoder_q.", "encoder_q.", "module.", "backbone.", "encoder.", "module.backbone."]
+)
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
 def test_load_trunk__finds_the_prefix_of_known_programs(tmp_path: Path, prefix: str, wrapper: str | None) -> None:
     """MoCo's and UCL's file: the query trunk among key networks, heads and queues, never the key trunk."""
     source, _ = build_backbone("resnet10", 1)
     tensors = {prefix + name: value for name, value in source.state_dict().items()}
-    extra = {prefix + "fc.0.weight": torch.ones(2, 2), "module.queue": torch.ones(3), "module.encoder_k.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    extra = {
+        prefix + "fc.0.weight": torch.ones(2, 2),
+        "module.queue": torch.ones(3),
+        "module.encoder_k.conv1.weight": torch.zeros(64, 3, 7, 7),
+    }
     torch.save({"epoch": 3, wrapper: tensors | extra} if wrapper else tensors | extra, tmp_path / "x.pth")
     target, _ = build_backbone("resnet10", 2)
     report = load_trunk(target, read_state_dict(tmp_path / "x.pth"), "x.pth")
@@ -187,7 +214,12 @@ def test_load_trunk__official_ucl_checkpoint_of_resnet50() -> None:
     """318 trunk tensors in a file of the published layout."""
     network, _ = build_backbone("resnet50")
     names = torchvision.models.resnet50().state_dict()
-    tensors = {f"module.{part}.{k}": v for part in ("encoder_q", "encoder_k") for k, v in names.items() if not k.startswith("fc.")}
+    tensors = {
+        f"module.{part}.{k}": v
+        for part in ("encoder_q", "encoder_k")
+        for k, v in names.items()
+        if not k.startswith("fc.")
+    }
     report = load_trunk(network, tensors, "checkpoint_0059.pth.tar")
     assert (report.matched, report.prefix) == (318, "module.encoder_q.")
 
@@ -195,9 +227,14 @@ def test_load_trunk__official_ucl_checkpoint_of_resnet50() -> None:
 def test_load_trunk__wrong_architecture_loads_nothing() -> None:
     small, _ = build_backbone("resnet10", 0)
     before = {k: v.clone() for k, v in small.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"resnet50\.pth is of another architecture: .*instead of.*Check pretrain\.backbone"):
+    with pytest.raises(
+        CheckpointError, match=r"resnet50\.pth is of another architecture: .*instead of.*Check pretrain\.backbone"
+    ):
         load_trunk(small, build_backbone("resnet50")[0].state_dict(), "resnet50.pth")
-    with pytest.raises(CheckpointError, match=r"does not fit this backbone: \d+ of \d+ tensors are missing, for example .*Check pretrain\.backbone"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"does not fit this backbone: \d+ of \d+ tensors are missing, for example .*Check pretrain\.backbone",
+    ):
         load_trunk(build_backbone("resnet18")[0], before, "resnet10.pth")
     with pytest.raises(CheckpointError, match="The file has names such as blocks.0.attn"):
         load_trunk(small, {"blocks.0.attn": torch.ones(2)}, "vit.pth")
@@ -207,7 +244,9 @@ def test_load_trunk__wrong_architecture_loads_nothing() -> None:
 def test_load_trunk__old_files_without_batch_norm_counters() -> None:
     source, _ = build_backbone("resnet10", 1)
     target, _ = build_backbone("resnet10", 2)
-    load_trunk(target, {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}, "old.pth")
+    load_trunk(
+        target, {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}, "old.pth"
+    )
     assert torch.equal(target.conv1.weight, source.conv1.weight)
 
 
@@ -229,9 +268,14 @@ def test_export_encoder__plain_torchvision_names(tmp_path: Path) -> None:
 
 def test_imagenet_state__never_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"pretrain\.init: imagenet was asked for, but .*resnet18-f37072fd\.pth does not exist\. On a machine"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"pretrain\.init: imagenet was asked for, but .*resnet18-f37072fd\.pth does not exist\. On a machine",
+    ):
         imagenet_state("resnet18")
-    with pytest.raises(CheckpointError, match="imagenet weights do not exist for backbone 'resnet10'. Allowed here: random, or a path"):
+    with pytest.raises(
+        CheckpointError, match="imagenet weights do not exist for backbone 'resnet10'. Allowed here: random, or a path"
+    ):
         imagenet_state("resnet10")
     folder = tmp_path / "hub/checkpoints"
     folder.mkdir(parents=True)
@@ -241,3 +285,18 @@ def test_imagenet_state__never_downloads(tmp_path: Path, monkeypatch: pytest.Mon
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
     network, _ = build_backbone("resnet18")
     assert load_trunk(network, imagenet_state("resnet18"), "imagenet weights").ignored == ["fc.bias", "fc.weight"]
+
+
+def test_save_tensors__equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
+    """The library orders metadata at random, which would give one result many hashes."""
+    tensors = {"conv.weight": torch.randn(3, 5), "bn.num_batches_tracked": torch.tensor(7), "bn.bias": torch.zeros(2, dtype=torch.float16)}
+    written = set()
+    for turn in range(12):
+        order = dict(reversed(tensors.items())) if turn % 2 else tensors
+        checkpoint.save_tensors(tmp_path / "w.safetensors", order, {"schema": 1, "backbone": "résnet"})
+        written.add((tmp_path / "w.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["sonoscope"]) == {"schema": 1, "backbone": "résnet"} and file.metadata()["format"] == "pt"
+    found = load_file(tmp_path / "w.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)

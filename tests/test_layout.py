@@ -403,6 +403,38 @@ def test_params__every_key_is_tracked_or_deliberately_not() -> None:
     assert not gone, f"dvc.yaml tracks {gone}, which params.yaml does not have"
 
 
+def _chain(node: ast.AST) -> list[str]:
+    """`config.pretrain.seed` and `self.config.pretrain.seed` as ["pretrain", "seed"]; [] for anything else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    names += [node.id] if isinstance(node, ast.Name) else []
+    names = [name for name in reversed(names) if name != "self"]
+    return names[1:3] if names[:1] == ["config"] and names[1:2] and names[1] in Config.model_fields else []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params__a_stage_tracks_what_its_code_reads(stage: str) -> None:
+    """Or a stage before it does: it imports modules of theirs, and their new result runs it again."""
+    read: set[str] = set()
+    for name in _determining(stage) | {f"stages.{stage}"}:
+        tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+        # The longest chains only: config.pretrain.seed holds config.pretrain.
+        inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _chain(node)}
+        read |= {".".join(_chain(node)) for node in ast.walk(tree) if _chain(node) and id(node) not in inner}
+    tracked = {"data.extra_sources"}
+    for earlier in STAGES[: STAGES.index(stage) + 1]:
+        block = _stages_of_dvc()[earlier]
+        tracked |= {key.replace(".${pretrain.method}", "") for key in block["params"]}
+        tracked |= {dep[2:-1] for dep in block["deps"] if dep.startswith("${")}
+    fields = Config.model_fields.keys() - {"tracking", "launch", "methods"}
+    read = {key for key in read if key.split(".")[0] in fields and key.split(".")[-1] not in ("model_dump", "method_params")}
+    loose = {key for key in read if not _within(key, tracked) and not any(_within(one, {key}) for one in tracked)}
+    loose = {key for key in loose if not _within(key, set(UNTRACKED_KEYS))}
+    assert not loose, f"dvc.yaml, {stage}: add to params: {sorted(loose)}"
+
+
 # --- (g) params.yaml and the models ----------------------------------------------------------------------------------
 
 

@@ -107,7 +107,6 @@ def _vary(folder: Path) -> Story:
     story.seen["experiment_cards"] = _outcome(folder)["cards"]
     run(folder, "dvc", "exp", "run", "--queue", "-S", "methods.ucl.temperature=0.05,0.2", *fewer)
     story.seen["queue"] = _wait_for_queue(folder)
-    story.seen["table"] = json.loads(run(folder, "dvc", "exp", "show", "--json").stdout.split("\n", 0)[0])
     return story
 
 
@@ -192,7 +191,9 @@ def test_repro__runs_every_stage_once(varied: Story) -> None:
 
 def test_repro__metrics_and_predictions_cover_all_folds(varied: Story) -> None:
     outcome = varied.seen["outcome"]
-    assert 0 <= outcome["metrics"]["balanced_accuracy_low"] <= outcome["metrics"]["balanced_accuracy"] <= 1
+    low, value, high = (outcome["metrics"][f"balanced_accuracy{end}"] for end in ("_low", "", "_high"))
+    # So few patients may all be judged alike, and then there is no interval.
+    assert 0 <= value <= 1 and (low is None or 0 <= low <= value <= high <= 1)
     assert outcome["metrics"]["stamp"] == "none" and outcome["metrics"]["patients"] == 8
     assert outcome["details"]["headline"].startswith("Balanced accuracy per video")
     rows = varied.seen["predictions"]
@@ -212,8 +213,7 @@ def test_repro__encoders_never_saw_the_test_patients(varied: Story) -> None:
 
 def test_repro__report_is_one_self_contained_file(varied: Story) -> None:
     report = varied.seen["outcome"]["report"]
-    assert varied.seen["outcome"]["details"]["headline"].split(",")[0].split(" (")[0] in report or "Balanced accuracy" in report
-    assert "synthetic phantoms" in report
+    assert "Balanced accuracy" in report and "synthetic phantoms" in report
     fetched = re.findall(r"""(?:src|href|data|action|poster)\s*=\s*["']?([^"'\s>]+)|url\(["']?([^"')]+)""", report)
     outside = [a or b for a, b in fetched if not (a or b).startswith(("data:", "#"))]
     links = [target for target in outside if not re.search(rf'<a [^>]*href="{re.escape(target)}"', report)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -116,9 +115,8 @@ def _finetune(
     """Train, select, predict, and write the result files into `folder`."""
     import numpy as np
     import torch
-    from safetensors.torch import save_file
 
-    from pipeline.checkpoint import load_trunk, read_state_dict
+    from pipeline.checkpoint import load_trunk, read_state_dict, save_tensors
     from pipeline.distributed import pick_device
     from pipeline.models.backbones import build_backbone
     from pipeline.models.classifier import Classifier
@@ -169,8 +167,7 @@ def _finetune(
     }
     _write_predictions(folder / "predictions.csv", run, identity, splits)
     write_curves(folder / "curves.csv", run.rows)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt", "sonoscope": json.dumps({"schema": 1})})
+    save_tensors(folder / "model.safetensors", network.state_dict(), {"schema": 1})
     write_json(folder / "card.json", card)
 
 
