@@ -83,7 +83,7 @@ def test_save_checkpoint__damaged_newer_files_do_not_push_out_good_ones(tmp_path
 
 
 def test_load_checkpoint__no_damage_goes_unnoticed(tmp_path: Path) -> None:
-    """Cut, flipped and blanked files: the very same tensors, or a CheckpointError; never other numbers or a traceback."""
+    """Cut, flipped and blanked files: the same tensors, or a CheckpointError; never other numbers or a traceback."""
     path = save_checkpoint(tmp_path, 1, state(1))
     raw, rng, refused = path.read_bytes(), random.Random(0), 0
     for attempt in range(200):

@@ -74,7 +74,7 @@ def test_distance_window__floor_never_widens_a_narrower_window() -> None:
 @pytest.mark.parametrize("changes", VARIANTS, ids=["default", "official", "steps", "plain"])
 @pytest.mark.parametrize("epochs", [60, 16])
 def test_candidates__never_empty_from_eight_frames_and_apart(changes: dict, epochs: int) -> None:
-    """Every length from 8 on, every anchor, every epoch: some negatives, all inside the video, outside the positives."""
+    """Every length from 8 on, every epoch: some negatives, all inside the video and outside the positives."""
     params = UCLParams(decay_start=epochs // 2, **changes)
     windows = sorted({UCL.window(params, epoch, epochs) for epoch in range(epochs)})
     for n in LENGTHS:
@@ -97,7 +97,7 @@ def test_candidates__never_empty_from_eight_frames_and_apart(changes: dict, epoc
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.4), (0.1, 0.15), (0.03, 0.07), (0.0005, 0.001)])
 def test_negative_candidates__distance_bounds_of_both_sides(low: float, high: float) -> None:
-    """The published bounds: left max(fl, r+1)+1 .. max(fh, r+3), right max(fl, r+1) .. max(ch, r+3)-1, before clipping."""
+    """Published, before clipping: left max(fl, r+1)+1 .. max(fh, r+3), right max(fl, r+1) .. max(ch, r+3)-1."""
     for n in (20, 43, 100, 247):
         for anchor in range(*clips.anchor_interval(n)):
             got = clips.negative_candidates(n, anchor, low, high)
@@ -133,7 +133,7 @@ def test_draw_indices__without_replacement_unless_too_few() -> None:
 
 @pytest.mark.parametrize("frames", [3, 4, 5, 6, 7])
 def test_draw__relax_serves_short_videos(frames: int) -> None:
-    """3 to 7 frames: nothing equals the anchor, negatives differ from the positive, far ones first where there are any."""
+    """3 to 7 frames: nothing equals the anchor, negatives differ from the positive, far ones where there are any."""
     params = UCLParams(short_video="relax")
     assert UCL.min_frames(params) == 3
     for epoch in (0, 30, 59):
@@ -150,8 +150,15 @@ def test_draw__relax_serves_short_videos(frames: int) -> None:
 
 
 def test_draw__shapes_and_second_crop() -> None:
-    roles = UCL.draw(UCLParams(num_negatives=5, key_batch_includes_second_crop=True), 50, 0, 60, np.random.default_rng(0))
-    assert {role: len(numbers) for role, numbers in roles.items()} == {"anchor": 1, "positive": 1, "negatives": 5, "second": 1}
+    roles = UCL.draw(
+        UCLParams(num_negatives=5, key_batch_includes_second_crop=True), 50, 0, 60, np.random.default_rng(0)
+    )
+    assert {role: len(numbers) for role, numbers in roles.items()} == {
+        "anchor": 1,
+        "positive": 1,
+        "negatives": 5,
+        "second": 1,
+    }
     assert roles["second"].tolist() == roles["anchor"].tolist()
 
 
@@ -198,7 +205,15 @@ def test_params__contradictions_are_refused(changes: dict, text: str) -> None:
 
 def test_params__defaults_are_the_papers() -> None:
     params = UCLParams()
-    published = {"temperature": 0.07, "soft_nn_temperature": 0.07, "support_size": 4, "num_negatives": 3, "momentum": 0.999}
+    published = {
+        "temperature": 0.07,
+        "soft_nn_temperature": 0.07,
+        "support_size": 4,
+        "num_negatives": 3,
+        "momentum": 0.999,
+    }
     assert {name: getattr(params, name) for name in published} == published
     assert UCLParams(soft_nn_temperature=-1, temperature=0.3).mixing_temperature == 0.3
-    assert "\nimport torch" not in Path(clips.__file__).read_text(encoding="utf-8"), "sampling is read by stages that start without torch"
+    assert "\nimport torch" not in Path(clips.__file__).read_text(encoding="utf-8"), (
+        "sampling is read by stages that start without torch"
+    )

@@ -1,4 +1,4 @@
-"""params.yaml: every mistake is named with key, value, what is allowed and the nearest key, all at once, before anything runs."""
+"""params.yaml: every mistake is named with key, value, what is allowed and the nearest key, all at once."""
 
 from __future__ import annotations
 
@@ -56,33 +56,66 @@ def test_load_config__the_shipped_file_says_everything() -> None:
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        ("pretrian: {epochs: 3}", ["pretrian: unknown key (value {'epochs': 3}). Did you mean 'pretrain'?", "Allowed here: data, "]),
+        (
+            "pretrian: {epochs: 3}",
+            ["pretrian: unknown key (value {'epochs': 3}). Did you mean 'pretrain'?", "Allowed here: data, "],
+        ),
         ("pretrain: {batchsize: 8}", ["pretrain.batchsize: unknown key (value 8). Did you mean 'batch_size'?"]),
-        ("pretrain: {optimizer: {learning: 1}}", ["pretrain.optimizer.learning: unknown key (value 1).", "Allowed here: name, lr,"]),
-        ("methods: {ucl: {temprature: 1}}", ["methods.ucl.temprature: unknown key (value 1). Did you mean 'temperature'?"]),
-        ("methods: {ucl: {augmentation: {blurr: 0}}}", ["methods.ucl.augmentation.blurr: unknown key (value 0). Did you mean 'blur'?"]),
-        ("data: {extra_sources: {more: {path: x, lables: y}}}", ["data.extra_sources.more.lables", "Did you mean 'labels'?"]),
-        ("methods: {mocko: {}}", ["methods.mocko: unknown method 'mocko'. Allowed: moco, random, simclr, ucl. Did you mean 'moco'?"]),
+        (
+            "pretrain: {optimizer: {learning: 1}}",
+            ["pretrain.optimizer.learning: unknown key (value 1).", "Allowed here: name, lr,"],
+        ),
+        (
+            "methods: {ucl: {temprature: 1}}",
+            ["methods.ucl.temprature: unknown key (value 1). Did you mean 'temperature'?"],
+        ),
+        (
+            "methods: {ucl: {augmentation: {blurr: 0}}}",
+            ["methods.ucl.augmentation.blurr: unknown key (value 0). Did you mean 'blur'?"],
+        ),
+        (
+            "data: {extra_sources: {more: {path: x, lables: y}}}",
+            ["data.extra_sources.more.lables", "Did you mean 'labels'?"],
+        ),
+        (
+            "methods: {mocko: {}}",
+            ["methods.mocko: unknown method 'mocko'. Allowed: moco, random, simclr, ucl. Did you mean 'moco'?"],
+        ),
         ("pretrain: {method: ucll}", ["pretrain.method: unknown method 'ucll'.", "Did you mean 'ucl'?"]),
         ("pretrain: {method: [ucl]}", ["pretrain.method: got ['ucl']; input should be a valid string"]),
         ("pretrain: {epochs: many}", ["pretrain.epochs: got 'many'; input should be a valid integer"]),
         ("pretrain: {image_size: 64.5}", ["pretrain.image_size: got 64.5; input should be a valid integer"]),
         ("pretrain: {epochs: true}", ["pretrain.epochs: got True; a number or text is wanted here"]),
-        ("finetune: {class_weights: false}", ["finetune.class_weights: got False; a number or text is wanted here (quote the word"]),
+        (
+            "finetune: {class_weights: false}",
+            ["finetune.class_weights: got False; a number or text is wanted here (quote the word"],
+        ),
         ("pretrain: {optimizer: {lr: .nan}}", ["pretrain.optimizer.lr: got nan; input should be a finite number"]),
         ("methods: {ucl: {temperature: .inf}}", ["methods.ucl.temperature: got inf; input should be a finite number"]),
         ("methods: {simclr: {temperature: 0}}", ["methods.simclr.temperature: got 0; input should be greater than 0"]),
         ("pretrain: {seed: -1}", ["pretrain.seed: got -1; input should be greater than or equal to 0"]),
         ("finetune: {seeds: [0, -4]}", ["finetune.seeds.1: got -4"]),
-        ("finetune: {label_fraction: 1.5}", ["finetune.label_fraction: got 1.5; input should be less than or equal to 1"]),
+        (
+            "finetune: {label_fraction: 1.5}",
+            ["finetune.label_fraction: got 1.5; input should be less than or equal to 1"],
+        ),
         ("extract: {color: grau}", ["extract.color: got 'grau'; allowed: 'gray' or 'rgb'"]),
-        ("launch: {processes: several}", ["launch.processes: got 'several'; input should be a valid integer", "or allowed: 'auto'"]),
+        (
+            "launch: {processes: several}",
+            ["launch.processes: got 'several'; input should be a valid integer", "or allowed: 'auto'"],
+        ),
         ("pretrain: {optimizer: 5}", ["pretrain.optimizer: got 5; input should be a valid dictionary"]),
         ("pretrain:", ["pretrain: got None; input should be a valid dictionary"]),
-        ("split: {folds: [1, 2]}", ["split.folds: must be the numbers 0 to k-1 in order, for example [0, 1, 2, 3, 4]; got [1, 2]"]),
+        (
+            "split: {folds: [1, 2]}",
+            ["split.folds: must be the numbers 0 to k-1 in order, for example [0, 1, 2, 3, 4]; got [1, 2]"],
+        ),
         ("pretrain: {batch_size: 6, accumulate: 4}", ["pretrain: batch_size (6) must be a multiple of accumulate (4)"]),
         ("methods: {ucl: {low: 0.4, high: 0.3}}", ["methods.ucl: low (0.4) must be smaller than high (0.3)"]),
-        ("methods: {moco: {augmentation: {scale: [0.9, 0.2]}}}", ["methods.moco.augmentation: scale must satisfy 0 < low <= high <= 1"]),
+        (
+            "methods: {moco: {augmentation: {scale: [0.9, 0.2]}}}",
+            ["methods.moco.augmentation: scale must satisfy 0 < low <= high <= 1"],
+        ),
         ("pretrain: {sources: [main, cohort]}", ["pretrain.sources: unknown source 'cohort'. Allowed: main"]),
         ("finetune: {source: other}", ["finetune.source: got 'other'; allowed: main"]),
         ("data: {extra_sources: {../x: {path: y}}}", ["data.extra_sources.../x: a source name is letters, digits"]),
@@ -101,11 +134,19 @@ def test_load_config__one_mistake(tmp_path: Path, text: str, lines: list[str]) -
 def test_load_config__all_mistakes_at_once(tmp_path: Path) -> None:
     message = problems(
         tmp_path,
-        "pretrain: {epochs: 0, optimiser: {}}\nmethods: {ucl: {support_size: 0, momentun: 1}, nope: {}}\nevaluate: {bootstrap: 1}\n",
+        "pretrain: {epochs: 0, optimiser: {}}\nmethods: {ucl: {support_size: 0, momentun: 1}, nope: {}}\n"
+        "evaluate: {bootstrap: 1}\n",
     )
     first, *lines = message.splitlines()
     assert first == "params.yaml: 6 problems"
-    keys = ["pretrain.epochs", "pretrain.optimiser", "methods.ucl.support_size", "methods.ucl.momentun", "methods.nope", "evaluate.bootstrap"]
+    keys = [
+        "pretrain.epochs",
+        "pretrain.optimiser",
+        "methods.ucl.support_size",
+        "methods.ucl.momentun",
+        "methods.nope",
+        "evaluate.bootstrap",
+    ]
     assert sorted(line.split(":")[0].strip() for line in lines) == sorted(keys)
 
 
@@ -118,7 +159,10 @@ def test_load_config__all_mistakes_at_once(tmp_path: Path) -> None:
         ("- pretrain", "params.yaml: expected sections such as data: and pretrain:, found list"),
         ("", "params.yaml: expected sections such as data: and pretrain:, found NoneType"),
         (b"\xff\xfe\x00", "params.yaml: not UTF-8 text (byte 0)"),
-        ("data: !!python/object/apply:os.system ['true']", "params.yaml line 1, column 7: not valid YAML (could not determine a constructor"),
+        (
+            "data: !!python/object/apply:os.system ['true']",
+            "params.yaml line 1, column 7: not valid YAML (could not determine a constructor",
+        ),
     ],
     ids=["bracket", "tab", "date", "list", "empty", "bytes", "code"],
 )
@@ -147,8 +191,14 @@ def test_config__is_frozen(tmp_path: Path) -> None:
 
 def test_load_config__needs_no_torch(tmp_path: Path) -> None:
     """Every stage and `dvc repro` with nothing to do pays for this import."""
-    program = f"import sys; from pipeline.config import load_config; load_config({str(ROOT / 'params.yaml')!r}); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    path = str(ROOT / "params.yaml")
+    program = (
+        f"import sys; from pipeline.config import load_config; load_config({path!r}); print('torch' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_fingerprint__sees_values_not_order(tmp_path: Path) -> None:

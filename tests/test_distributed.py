@@ -1,4 +1,4 @@
-"""Two processes compute what one computes: losses, gradients, banks, curves; and a run of two can be killed and continued."""
+"""Two processes compute what one computes: losses, gradients, banks, curves; and a run of two can be continued."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def three_steps(name: str, epoch: int, store: FrameStore) -> dict[str, Any]:
         loss, _ = module(batch, Progress(epoch, step))
         loss.backward()
         found["loss"].append(float(distributed.reduce_mean(loss)))
-        found["grad"].append(torch.cat([w.grad.flatten() for w in method.networks.parameters() if w.requires_grad])[::97].clone())
+        found["grad"].append(
+            torch.cat([w.grad.flatten() for w in method.networks.parameters() if w.requires_grad])[::97].clone()
+        )
         optimizer.step()
     return {**found, "extra": {k: v.clone() for k, v in method.extra_state().items()}, "video": batch.video}
 
@@ -82,12 +84,18 @@ def collectives() -> dict[str, Any]:
     grad = x.grad.clone()
     shared = distributed.gather_with_gradient(x)
     # The gathered rows are read twice: the sum over processes must not spoil the other reader's gradient.
-    second, = torch.autograd.grad((shared * 2).sum() + (shared**2).sum(), x)
+    (second,) = torch.autograd.grad((shared * 2).sum() + (shared**2).sum(), x)
     last = (torch.arange(24.0).reshape(2, 3, 2, 2) + 1000 * rank).to(memory_format=torch.channels_last)
     return {
-        "gathered": everyone.detach(), "grad": grad, "second": second, "x": x.detach(), "empty": distributed.all_gather_rows(torch.empty(1, 0)),
-        "channels_last": distributed.all_gather_rows(last), "sliced": distributed.all_gather_rows(last[:, 1]),
-        "mean": float(distributed.reduce_mean(torch.tensor(float(rank)))), "highest": distributed.highest(2 * rank, CPU),
+        "gathered": everyone.detach(),
+        "grad": grad,
+        "second": second,
+        "x": x.detach(),
+        "empty": distributed.all_gather_rows(torch.empty(1, 0)),
+        "channels_last": distributed.all_gather_rows(last),
+        "sliced": distributed.all_gather_rows(last[:, 1]),
+        "mean": float(distributed.reduce_mean(torch.tensor(float(rank)))),
+        "highest": distributed.highest(2 * rank, CPU),
         "rank": (distributed.rank(), distributed.world_size(), distributed.is_main()),
     }
 
@@ -138,7 +146,9 @@ def curves(store: FrameStore, folder: Path) -> dict[str, Any]:
         runs.append(run)
     weights = [run.method.backbone.state_dict() for run in runs]
     # Batch-norm statistics are each process's own until the next forward pass; the first process's are exported.
-    same = all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0] if distributed.is_main() or "running" not in k)
+    same = all(
+        torch.equal(weights[0][k], weights[1][k]) for k in weights[0] if distributed.is_main() or "running" not in k
+    )
     return {"same": same, "rows": [run.rows for run in runs], "message": message, "warnings": runs[1].warnings}
 
 
@@ -147,8 +157,12 @@ def process_main(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     store = FrameStore(folder / "store")
     found = {
-        "collectives": collectives(), "shuffle": shuffled_keys(), "curves": curves(store, folder),
-        "methods": {(name, phase): three_steps(name, epoch, store) for name in TRAINED for phase, epoch in PHASES.items()},
+        "collectives": collectives(),
+        "shuffle": shuffled_keys(),
+        "curves": curves(store, folder),
+        "methods": {
+            (name, phase): three_steps(name, epoch, store) for name in TRAINED for phase, epoch in PHASES.items()
+        },
     }
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -222,7 +236,9 @@ def test_encode_keys__shuffle_is_undone(two: list[dict[str, Any]]) -> None:
     first, second = two[0]["shuffle"]["seen"]
     assert first.tolist() != second.tolist()
     together = torch.cat([two[r]["shuffle"]["seen"][0] for r in (0, 1)])
-    assert sorted(together.tolist()) == sorted((torch.arange(4.0) / 10).tolist() + (torch.arange(4.0) / 10 + 1).tolist())
+    assert sorted(together.tolist()) == sorted(
+        (torch.arange(4.0) / 10).tolist() + (torch.arange(4.0) / 10 + 1).tolist()
+    )
 
 
 def test_resume__two_processes_bit_identical_with_curves(two: list[dict[str, Any]]) -> None:
@@ -241,7 +257,9 @@ def test_resume__one_process_continues_what_two_began(folder: Path, two: list[di
     config = make_config(tmp_path, pretrain__epochs=2)
     run = make_run(config, FrameStore(folder / "store"), folder / "whole")
     assert run.resume() is True
-    assert run.warnings[-1].startswith("the checkpoint was written by 2 processes and 1 continue it: every sample is seen as planned")
+    assert run.warnings[-1].startswith(
+        "the checkpoint was written by 2 processes and 1 continue it: every sample is seen as planned"
+    )
 
 
 def test_world_of_one__needs_no_group() -> None:
@@ -269,11 +287,15 @@ def test_stop_flag__remembers_and_restores() -> None:
 
 
 def test_stage__two_processes_terminated_and_continued(tmp_path: Path) -> None:
-    """`launch.processes: 2`: the stage starts torchrun itself, passes SIGTERM on, both save, and the next start goes on."""
-    settings = {"pretrain__epochs": 8, "pretrain__checkpoint_seconds": 0, "launch__processes": 2}
+    """`launch.processes: 2`: the stage starts torchrun, passes SIGTERM on, both save, and the next start goes on."""
+    settings = {"pretrain__epochs": 5, "pretrain__checkpoint_seconds": 0, "launch__processes": 2}
     make_project(tmp_path, **settings)
     child = subprocess.Popen(
-        stage_command("pretrain", "--fold", "0"), cwd=tmp_path, env=stage_environment(tmp_path), text=True, stdout=subprocess.PIPE,
+        stage_command("pretrain", "--fold", "0"),
+        cwd=tmp_path,
+        env=stage_environment(tmp_path),
+        text=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 90
@@ -284,12 +306,15 @@ def test_stage__two_processes_terminated_and_continued(tmp_path: Path) -> None:
     _, err = child.communicate(timeout=90)
     assert child.returncode == 2, err
     assert "error: pretrain: stopped by SIGTERM; the state is saved." in err
-    assert "error: pretrain.py: stopped by SIGTERM; each worker says above whether it has saved its state. Start the same command" in err
+    assert (
+        "error: pretrain.py: stopped by SIGTERM; each worker says above whether it has saved its state."
+        in err
+    )
     assert not (tmp_path / "models").exists()
     done = run_stage(tmp_path, "pretrain", "--fold", "0")
     assert done.returncode == 0, done.stderr
     assert "continuing at epoch" in done.stdout
     assert "pretrain fold 0: 2 processes finished; encoder in models/encoders/fold0" in done.stdout
     card = json.loads((tmp_path / "models/encoders/fold0/card.json").read_text())
-    assert (card["world_size"], card["epochs"]) == (2, 8)
+    assert (card["world_size"], card["epochs"]) == (2, 5)
     assert load_file(str(tmp_path / "models/encoders/fold0/encoder.safetensors"))

@@ -43,26 +43,37 @@ def make_data(store: FrameStore, labels: list[int] | None = None, size: int = 40
     return FinetuneData(frames, found, [r.row.patient for r in frames.videos], ["a", "b"], **parts)
 
 
-def make_network(trainable: str = "last_block", batchnorm: str = "frozen", seed: int = 0, head: str = "linear") -> Classifier:
+def make_network(
+    trainable: str = "last_block", batchnorm: str = "frozen", seed: int = 0, head: str = "linear"
+) -> Classifier:
     backbone, features = build_backbone("resnet10", seed)
     torch.manual_seed(seed)
     return Classifier(backbone, "resnet10", features, 2, head=head, trainable=trainable, batchnorm=batchnorm)
 
 
-def make_finetuning(tmp_path: Path, data: FinetuneData, network: Classifier | None = None, seed: int = 0, **changes: Any) -> Finetuning:
-    settings = {"finetune__optimizer": {"name": "adam", "lr": 0.003}, **{f"finetune__{k}": v for k, v in changes.items()}}
+def make_finetuning(
+    tmp_path: Path, data: FinetuneData, network: Classifier | None = None, seed: int = 0, **changes: Any
+) -> Finetuning:
+    settings = {
+        "finetune__optimizer": {"name": "adam", "lr": 0.003},
+        **{f"finetune__{k}": v for k, v in changes.items()},
+    }
     params = make_config(tmp_path, **settings).finetune
     kind = {"trainable": params.trainable, "batchnorm": params.batchnorm}
     return Finetuning(network or make_network(**kind), data, params, seed=seed, size=32, device=CPU)
 
 
-# --- the network -------------------------------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trainable", ["linear", "last_block", "all", "layer3.0"])
 @pytest.mark.parametrize("batchnorm", ["frozen", "train"])
-def test_training__what_is_frozen_stays_what_trains_moves(store: FrameStore, tmp_path: Path, trainable: str, batchnorm: str) -> None:
-    run = make_finetuning(tmp_path, make_data(store), trainable=trainable, batchnorm=batchnorm, selection="last", epochs=2)
+def test_training__what_is_frozen_stays_what_trains_moves(
+    store: FrameStore, tmp_path: Path, trainable: str, batchnorm: str
+) -> None:
+    run = make_finetuning(
+        tmp_path, make_data(store), trainable=trainable, batchnorm=batchnorm, selection="last", epochs=2
+    )
     before = {k: v.clone() for k, v in run.network.state_dict().items()}
     run.train(ListTracker(), "test")
     prefix = {"linear": "nothing", "last_block": "layer4.0.", "all": "", "layer3.0": "layer3.0"}[trainable]
@@ -96,10 +107,12 @@ def test_classifier__unknown_prefix_names_the_allowed() -> None:
     with pytest.raises(ConfigError) as refused:
         make_network("layer9")
     assert str(refused.value) == (
-        "finetune.trainable: no parameter of resnet10 begins with 'layer9'. Allowed: linear, last_block, all, or a prefix such as "
-        "layer2.0, layer3.0, layer4.0."
+        "finetune.trainable: no parameter of resnet10 begins with 'layer9'. Allowed: linear, last_block, all, or "
+        "a prefix such as layer2.0, layer3.0, layer4.0."
     )
-    with pytest.raises(ConfigError, match=r"finetune\.head: unknown head 'linaer'\. Allowed: linear, mlp\. Did you mean 'linear'\?"):
+    with pytest.raises(
+        ConfigError, match=r"finetune\.head: unknown head 'linaer'\. Allowed: linear, mlp\. Did you mean 'linear'\?"
+    ):
         make_network(head="linaer")
 
 
@@ -130,7 +143,7 @@ def test_finetuning__cached_features_change_nothing(store: FrameStore, tmp_path:
     assert not make_finetuning(tmp_path, data, trainable="all").cached
 
 
-# --- weights, fractions, sampling --------------------------------------------------------------------------------------
+# --- weights, fractions, sampling -----------------------------------------------------------------------------------
 
 
 def test_class_weights__balanced_over_videos() -> None:
@@ -175,13 +188,19 @@ def test_predictions__frames_of_a_video_are_averaged() -> None:
     np.testing.assert_allclose(probabilities, [[1, 0], [0.3, 0.7]], atol=1e-6)
 
 
-# --- selection ---------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------------------------
 
 
 def test_selection__best_epoch_of_the_inner_patients(store: FrameStore, tmp_path: Path) -> None:
     """Earliest best of validation; afterwards the network holds exactly that epoch's weights."""
     data = make_data(store)
-    run = make_finetuning(tmp_path, data, epochs=5, selection_metric="loss", optimizer={"name": "adam", "lr": 0.05, "schedule": "constant"})
+    run = make_finetuning(
+        tmp_path,
+        data,
+        epochs=5,
+        selection_metric="loss",
+        optimizer={"name": "adam", "lr": 0.05, "schedule": "constant"},
+    )
     run.train(ListTracker(), "test")
     losses = [row["validation_loss"] for row in run.rows]
     assert run.selected_epoch == int(np.argmin(losses))
@@ -196,7 +215,9 @@ def test_selection__test_labels_play_no_part_unless_asked(store: FrameStore, tmp
     found: dict[str, list] = {"inner": [], "best_on_test": []}
     for selection, seen in found.items():
         for labels in (honest, swapped):
-            run = make_finetuning(tmp_path, make_data(store, labels), epochs=5, selection=selection, selection_metric="loss")
+            run = make_finetuning(
+                tmp_path, make_data(store, labels), epochs=5, selection=selection, selection_metric="loss"
+            )
             run.train(ListTracker(), "test")
             seen.append((run.selected_epoch, run.predict("test").probabilities.tobytes(), run.rows))
     assert found["inner"][0] == found["inner"][1]
@@ -226,8 +247,13 @@ def test_training__last_single_sample_joins_its_neighbour(store: FrameStore, tmp
 
 def test_training__numbers_that_are_not_finite(store: FrameStore, tmp_path: Path) -> None:
     for selection in ("inner", "last"):
-        run = make_finetuning(tmp_path, make_data(store), epochs=3, selection=selection, optimizer={"name": "sgd", "lr": 1e30})
-        with pytest.raises(PipelineError, match=r"^finetune: loss or predictions are not finite after epoch \d\. Lower finetune\.optimizer\.lr"):
+        run = make_finetuning(
+            tmp_path, make_data(store), epochs=3, selection=selection, optimizer={"name": "sgd", "lr": 1e30}
+        )
+        with pytest.raises(
+            PipelineError,
+            match=r"^finetune: loss or predictions are not finite after epoch \d\. Lower finetune\.optimizer\.lr",
+        ):
             run.train(ListTracker(), "test")
     healthy = make_finetuning(tmp_path, make_data(store))
     torch.nn.init.constant_(healthy.network.head.bias, float("nan"))
@@ -235,7 +261,7 @@ def test_training__numbers_that_are_not_finite(store: FrameStore, tmp_path: Path
         healthy.predict("test")
 
 
-# --- the stage ---------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------------------------
 
 
 def write_encoder(folder: Path, config, splits: Splits, fold: int = 0, **card: Any) -> None:
@@ -262,7 +288,8 @@ def test_stage__files_as_agreed(project: Path) -> None:
     config, splits = make_project(project, **SETTINGS)
     write_encoder(project, config, splits)
     assert run_finetune_stage(config, "pretrained", 0, 0) == (
-        "finetune pretrained fold 0 seed 0: done; predictions in models/finetuned/pretrained-seed0-fold0")
+        "finetune pretrained fold 0 seed 0: done; predictions in models/finetuned/pretrained-seed0-fold0"
+    )
     folder = project / "models/finetuned/pretrained-seed0-fold0"
     table = pd.read_csv(folder / "predictions.csv", dtype=str)
     assert list(table.columns) == ["init", "seed", "fold", "part", "video", "patient", "frame", "label", "p_a", "p_b"]
@@ -275,7 +302,9 @@ def test_stage__files_as_agreed(project: Path) -> None:
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     for column in ("p_a", "p_b"):
         text = table[column]
-        assert (text.astype(float).map(lambda x: float(np.float32(x))) == text.astype(float)).all(), "full float32 precision"
+        assert (text.astype(float).map(lambda x: float(np.float32(x))) == text.astype(float)).all(), (
+            "full float32 precision"
+        )
     assert (table.patient == table.video.map(splits.groups)).all()
     assert (table.label == table.video.map(splits.labels)).all()
     card = json.loads((folder / "card.json").read_text())
@@ -289,7 +318,10 @@ def test_stage__files_as_agreed(project: Path) -> None:
     encoder = load_file(str(project / "models/encoders/fold0/encoder.safetensors"))
     assert torch.equal(weights["backbone.conv1.weight"], encoder["conv1.weight"])
     assert weights["head.weight"].shape == (2, 512)
-    assert json.loads((project / "reports/runs/finetune-pretrained-seed0-fold0.json").read_text())["fingerprint"] == card["fingerprint"]
+    assert (
+        json.loads((project / "reports/runs/finetune-pretrained-seed0-fold0.json").read_text())["fingerprint"]
+        == card["fingerprint"]
+    )
 
 
 def test_stage__random_needs_no_encoder_and_results_are_reused(project: Path) -> None:
@@ -323,8 +355,8 @@ def test_stage__encoder_that_saw_test_patients_is_refused(project: Path) -> None
     with pytest.raises(LeakageError) as refused:
         run_finetune_stage(config, "pretrained", 0, 0)
     assert str(refused.value) == (
-        f"models/encoders/fold0: this encoder was pretrained on 1 test patients of fold 0, for example {leaked[0]}. Run the pretrain "
-        f"stage again with pretrain.scope: fold."
+        f"models/encoders/fold0: this encoder was pretrained on 1 test patients of fold 0, for example {leaked[0]}. "
+        f"Run the pretrain stage again with pretrain.scope: fold."
     )
     assert not (project / "models/finetuned").exists()
     write_encoder(project, config, splits, groups=sorted(set(splits.groups.values())), scope="all")
@@ -335,24 +367,34 @@ def test_stage__encoder_that_saw_test_patients_is_refused(project: Path) -> None
 
 def test_stage__missing_foreign_and_damaged_encoders(project: Path) -> None:
     config, splits = make_project(project, **SETTINGS)
-    with pytest.raises(CheckpointError, match=r"^models/encoders/fold0: no encoder\. Run the pretrain stage first \(dvc repro pretrain@0\)\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"^models/encoders/fold0: no encoder\. Run the pretrain stage first \(dvc repro pretrain@0\)\.$",
+    ):
         run_finetune_stage(config, "pretrained", 0, 0)
     write_encoder(project, config, splits)
     other = make_config(project, **SETTINGS, pretrain__backbone="resnet18")
-    with pytest.raises(CheckpointError, match=r"does not fit this backbone: \d+ of \d+ tensors are missing.*Check pretrain\.backbone"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit this backbone: \d+ of \d+ tensors are missing.*Check pretrain\.backbone"
+    ):
         run_finetune_stage(other, "pretrained", 0, 0)
     (project / "models/encoders/fold0/encoder.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"models/encoders: encoder\.safetensors is not a readable weights file"):
         run_finetune_stage(config, "pretrained", 0, 0)
     (project / "models/encoders/fold0/card.json").write_text('{"groups": []}')
-    with pytest.raises(CheckpointError, match=r"card\.json: lacks scope, method, fingerprint\. Run the pretrain stage again"):
+    with pytest.raises(
+        CheckpointError, match=r"card\.json: lacks scope, method, fingerprint\. Run the pretrain stage again"
+    ):
         run_finetune_stage(config, "pretrained", 0, 0)
 
 
 def test_stage__inner_selection_without_inner_patients(project: Path) -> None:
     config, splits = make_project(project, **SETTINGS)
     replace(splits, folds=[replace(fold, inner=[]) for fold in splits.folds]).write(project / "data/splits.json")
-    with pytest.raises(DataError, match=r"finetune\.selection: inner needs inner validation patients, but fold 0 has too few\. Use selection: last"):
+    with pytest.raises(
+        DataError,
+        match=r"finetune\.selection: inner needs inner validation patients, but fold 0 has too few\. Use sel",
+    ):
         run_finetune_stage(config, "random", 0, 0)
     last = make_config(project, **SETTINGS, finetune__selection="last")
     run_finetune_stage(last, "random", 0, 0)

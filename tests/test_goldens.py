@@ -50,7 +50,9 @@ def test_program__all_published_arrays(ucl: Path, tmp_path: Path) -> None:
     assert failed == "0"
 
 
-def test_main__counts_and_exit_status(ucl: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main__counts_and_exit_status(
+    ucl: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Any folder of the format, or one that holds such folders; a wrong number is a failure."""
     good = excerpt(ucl, tmp_path / "good", "schedule.npz", 1)
     monkeypatch.setattr(sys, "argv", ["check", "--root", str(tmp_path)])
@@ -108,7 +110,9 @@ CORRECT = {name: getattr(losses, name) for name in ("cross_video_negative", "ucl
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_check_folder__notices_deliberate_mistakes(ucl: Path, tmp_path: Path, name: str, mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_folder__notices_deliberate_mistakes(
+    ucl: Path, tmp_path: Path, name: str, mistake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = excerpt(ucl, tmp_path / "few", "loss.npz", 8)
     assert check_goldens.check_folder(folder) == (8, 0)
     monkeypatch.setattr(losses, name, mistake)

@@ -84,13 +84,24 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> type[FakeTorchrun]:
 def test_launch__command_and_environment(torchrun: type[FakeTorchrun]) -> None:
     launch(Path("stages/pretrain.py"), ["--fold", "1"], 2, 3)
     assert torchrun.last.command[1:] == [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0", "stages/pretrain.py", "--fold", "1"]
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=0",
+        "stages/pretrain.py",
+        "--fold",
+        "1",
+    ]
     assert torchrun.last.environment["OMP_NUM_THREADS"] == "3"
 
 
 def test_launch__failure_of_a_worker(torchrun: type[FakeTorchrun]) -> None:
     torchrun.code = 1
-    with pytest.raises(PipelineError, match=r"^pretrain\.py: 2 processes were started and at least one failed \(exit status 1\); see above\.$") as error:
+    with pytest.raises(
+        PipelineError,
+        match=r"^pretrain\.py: 2 processes were started and at least one failed \(exit status 1\); see above\.$",
+    ) as error:
         launch(Path("stages/pretrain.py"), [], 2, 1)
     assert not isinstance(error.value, StoppedError)
 
@@ -99,7 +110,9 @@ def test_launch__failure_of_a_worker(torchrun: type[FakeTorchrun]) -> None:
 def test_launch__passes_signals_on_and_says_stopped(torchrun: type[FakeTorchrun], number: signal.Signals) -> None:
     torchrun.code, torchrun.during = 1, number
     before = signal.getsignal(number)
-    with pytest.raises(StoppedError, match=f"^pretrain.py: stopped by {number.name}; each worker says above whether it has saved"):
+    with pytest.raises(
+        StoppedError, match=f"^pretrain.py: stopped by {number.name}; each worker says above whether it has saved"
+    ):
         launch(Path("stages/pretrain.py"), [], 2, 1)
     assert torchrun.last.signals == [signal.SIGTERM]
     assert signal.getsignal(number) == before

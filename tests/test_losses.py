@@ -19,11 +19,15 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
     return losses.l2_normalize(torch.randn(*shape, generator=generator, dtype=dtype))
 
 
-def slow_cross_negative(q: torch.Tensor, bank: torch.Tensor, support: int, temperature: float, allowed: torch.Tensor) -> torch.Tensor:
+def slow_cross_negative(
+    q: torch.Tensor, bank: torch.Tensor, support: int, temperature: float, allowed: torch.Tensor
+) -> torch.Tensor:
     """Rows one by one, as the sentences of the method say it; differentiable in `q`."""
     answers = []
     for anchor, may in zip(q, allowed, strict=True):
-        scored = sorted(((float(anchor.detach() @ row), i) for i, row in enumerate(bank) if may[i]), reverse=True)[:support]
+        scored = sorted(((float(anchor.detach() @ row), i) for i, row in enumerate(bank) if may[i]), reverse=True)[
+            :support
+        ]
         if not scored:
             answers.append(torch.zeros_like(anchor))
             continue
@@ -33,20 +37,24 @@ def slow_cross_negative(q: torch.Tensor, bank: torch.Tensor, support: int, tempe
 
 
 @pytest.mark.parametrize(("batch", "rows", "support", "temperature"), GRID)
-def test_cross_video_negative__equals_slow_loop_with_gradient(batch: int, rows: int, support: int, temperature: float) -> None:
+def test_cross_video_negative__equals_slow_loop_with_gradient(
+    batch: int, rows: int, support: int, temperature: float
+) -> None:
     """Value and gradient, with a mask that leaves some anchors fewer rows than the support, or none."""
     q, bank = unit(batch, 8, seed=rows).requires_grad_(), unit(rows, 8, seed=100 + batch)
     generator = torch.Generator().manual_seed(support)
     for allowed in (torch.ones(batch, rows, dtype=torch.bool), torch.rand(batch, rows, generator=generator) < 0.5):
-        fast, chosen, exists = losses.cross_video_negative(q, bank, support=support, temperature=temperature, allowed=allowed)
+        fast, chosen, exists = losses.cross_video_negative(
+            q, bank, support=support, temperature=temperature, allowed=allowed
+        )
         slow = slow_cross_negative(q, bank, support, temperature, allowed)
         torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
         assert exists.tolist() == allowed.any(1).tolist()
         assert chosen.shape == (batch, min(support, rows))
         mix = unit(batch, 8, seed=7)
-        ours, = torch.autograd.grad((fast * mix).sum(), q)
+        (ours,) = torch.autograd.grad((fast * mix).sum(), q)
         if allowed.any():
-            theirs, = torch.autograd.grad((slow * mix).sum(), q)
+            (theirs,) = torch.autograd.grad((slow * mix).sum(), q)
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         else:
             assert not ours.any()
@@ -62,10 +70,10 @@ def test_cross_video_negative__gradcheck_through_the_weights() -> None:
 
 
 def test_cross_video_negative__formula_of_the_gradient() -> None:
-    """d(q z_hat)/dq = z_hat + sum_i w_i (s_i - s_bar) b_i / tau_s: detaching the weights would leave only the first term."""
+    """d(q z_hat)/dq = z_hat + sum_i w_i (s_i - s_bar) b_i / tau_s; detached weights would leave only the first term."""
     q, bank, tau = unit(1, 5).requires_grad_(), unit(6, 5, seed=2), 0.07
     z_hat, rows, _ = losses.cross_video_negative(q, bank, support=3, temperature=tau)
-    gradient, = torch.autograd.grad((q * z_hat).sum(), q)
+    (gradient,) = torch.autograd.grad((q * z_hat).sum(), q)
     chosen = bank[rows[0]]
     s = (chosen @ q[0]).detach()
     w = (s / tau).softmax(0)
@@ -132,12 +140,15 @@ def test_first_column_cross_entropy__uniform_logits_are_chance() -> None:
 def test_nt_xent__equals_lightly_and_a_slow_loop(batch: int, temperature: float) -> None:
     ntx = pytest.importorskip("lightly.loss").NTXentLoss(temperature=temperature)
     # Raw, because lightly normalises inside: the gradients must be those of the same function.
-    raw, z2 = torch.randn(batch, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(), unit(batch, 8, seed=1).float()
+    raw, z2 = (
+        torch.randn(batch, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(),
+        unit(batch, 8, seed=1).float(),
+    )
     z1 = losses.l2_normalize(raw)
     ours = losses.nt_xent((z1, z2), (z1, z2), temperature)
     theirs = ntx(raw, z2)
     torch.testing.assert_close(ours, theirs)
-    expected, = torch.autograd.grad(theirs, raw)
+    (expected,) = torch.autograd.grad(theirs, raw)
     torch.testing.assert_close(torch.autograd.grad(ours, raw)[0], expected, rtol=1e-4, atol=1e-6)
     everyone = torch.cat([z1, z2]).detach()
     total = 0.0

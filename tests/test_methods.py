@@ -1,4 +1,4 @@
-"""Every registered method: finite and repeatable loss, gradient, exact state, learning without collapse, export, advice."""
+"""Every registered method: repeatable loss, gradient, exact state, learning without collapse, export, advice."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(method: Method, store: FrameStore, steps: int, rate: float = 1e-3) -> 
     optimizer = torch.optim.AdamW([w for w in method.networks.parameters() if w.requires_grad], lr=rate)
     history = []
     for step in range(steps):
-        batch, = batches(method, store, INTRA + step, epochs=1000)
+        (batch,) = batches(method, store, INTRA + step, epochs=1000)
         method.before_step(Progress(INTRA, step))
         output = method.step(batch, Progress(INTRA, step))
         optimizer.zero_grad()
@@ -61,7 +61,7 @@ def test_step__finite_loss_and_gradient_to_every_weight(name: str, epoch: int, s
     """The second step, when banks and queues are filled; momentum copies get none."""
     method = make_method(name)
     for step in range(2):
-        batch, = batches(method, store, epoch)
+        (batch,) = batches(method, store, epoch)
         method.networks.zero_grad()
         method.before_step(Progress(epoch, step))
         output = method.step(batch, Progress(epoch, step))
@@ -102,7 +102,7 @@ def test_state__networks_and_extra_state_are_all_there_is(name: str, store: Fram
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training__loss_falls_without_collapse(name: str, store: FrameStore) -> None:
-    """Eight structured clips in 30 steps: well below the start and below chance, and the backbone still spreads them."""
+    """Eight structured clips in 30 steps: well below the start and chance, and the backbone still spreads them."""
     method = make_method(name, **FAST[name])
     history = train(method, store, 30)
     # MoCo's first losses have few negatives, because its queue fills up.
@@ -144,14 +144,14 @@ def test_draw__is_a_pure_function_of_its_generator(name: str) -> None:
     assert draw_indices(np.arange(3), 2, np.random.default_rng(0)).dtype == np.int64
 
 
-# --- UCL ---------------------------------------------------------------------------------------------------------------
+# --- UCL ------------------------------------------------------------------------------------------------------------
 
 
 def test_ucl__negatives_carry_gradient_only_when_they_are_in_the_loss(store: FrameStore) -> None:
     """With the anchors' embeddings cut off, gradient can only come through the intra-video negatives."""
     for epoch, expected in ((0, False), (INTRA, True)):
         method = make_method("ucl")
-        batch, = batches(method, store, epoch)
+        (batch,) = batches(method, store, epoch)
         negatives = method._embed_negatives(batch, method.cross_only(epoch))
         assert negatives.requires_grad is expected
         assert negatives.shape == (8, 3, 16)
@@ -159,7 +159,7 @@ def test_ucl__negatives_carry_gradient_only_when_they_are_in_the_loss(store: Fra
 
 def test_ucl__bank_holds_this_batch_and_excludes_the_own_video(store: FrameStore) -> None:
     method = make_method("ucl", batch=8)
-    batch, = batches(method, store)
+    (batch,) = batches(method, store)
     _, metrics = method.logits(batch, Progress(INTRA, 0))
     assert method.bank.videos.tolist() == batch.video.repeat_interleave(3).tolist()
     assert float(metrics["own_video_support"]) == 0
@@ -169,7 +169,7 @@ def test_ucl__bank_holds_this_batch_and_excludes_the_own_video(store: FrameStore
 
 
 def test_ucl__one_video_alone_has_no_cross_negative(store: FrameStore) -> None:
-    """Batch of one with the bank's automatic size: zero loss in the first phase, finite afterwards, gradients finite."""
+    """Batch of one, automatic bank: zero loss in the first phase, finite afterwards, gradients finite."""
     for epoch in (0, INTRA):
         method = make_method("ucl", batch=1, norm=False)
         batch = batches(method, store, epoch, batch=1)[0]
@@ -182,7 +182,7 @@ def test_ucl__one_video_alone_has_no_cross_negative(store: FrameStore) -> None:
 
 def test_ucl__key_encoder_for_negatives(store: FrameStore) -> None:
     method = make_method("ucl", negatives_encoder="key")
-    batch, = batches(method, store)
+    (batch,) = batches(method, store)
     assert not method._embed_negatives(batch, False).requires_grad
     method.step(batch, Progress(INTRA, 0)).loss.backward()
     assert float(method.backbone.conv1.weight.grad.abs().sum()) > 0, "through the anchors"
@@ -193,20 +193,20 @@ def test_ucl__second_crop_only_shifts_key_statistics(store: FrameStore) -> None:
     plain, second = (make_method("ucl", norm=False, key_batch_includes_second_crop=flag) for flag in (False, True))
     results = []
     for method in (plain, second):
-        batch, = batches(method, store)
+        (batch,) = batches(method, store)
         results.append(method.step(batch, Progress(INTRA, 0)).loss.detach())
     torch.testing.assert_close(*results)
 
 
 def test_ucl__mean_neighbours_and_its_chance(store: FrameStore) -> None:
     method = make_method("ucl", cross_negative="mean", bank_size=10)
-    batch, = batches(method, store)
+    (batch,) = batches(method, store)
     assert torch.isfinite(method.step(batch, Progress(INTRA, 0)).loss)
     assert method.chance_loss(Progress(0, 0)) == math.log(2)
     assert method.chance_loss(Progress(INTRA, 0)) == math.log(5)
 
 
-# --- chance, momentum, bank ----------------------------------------------------------------------------------------------
+# --- chance, momentum, bank -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -267,7 +267,7 @@ def test_bank__masks() -> None:
     assert bank.allowed(asked, exclude_own=True, mask_unwritten=False)[:, 3].all()
 
 
-# --- advice ------------------------------------------------------------------------------------------------------------
+# --- advice ---------------------------------------------------------------------------------------------------------
 
 
 def context(epochs: int = 60, steps: int = 2, batch: int = 32) -> MethodContext:
@@ -275,16 +275,21 @@ def context(epochs: int = 60, steps: int = 2, batch: int = 32) -> MethodContext:
 
 
 def test_check__ucl() -> None:
-    slow, = UCL.check(UCLParams(), context(), 64)
+    (slow,) = UCL.check(UCLParams(), context(), 64)
     assert slow == (
-        "methods.ucl.momentum = 0.999: in 120 steps the key network moves only 11% of the way to the query network, so positives stay "
-        "close to the initialisation. Consider momentum 0.958."
+        "methods.ucl.momentum = 0.999: in 120 steps the key network moves only 11% of the way to "
+        "the query network, so positives "
+        "stay close to the initialisation. Consider momentum 0.958."
     )
     assert UCL.check(UCLParams(momentum=0.99), context(), 64) == []
-    unused, = UCL.check(UCLParams(momentum=0.9), context(epochs=8, steps=20), 64)
-    assert unused.startswith("methods.ucl.cross_only_epochs = 10 is not below pretrain.epochs = 8: the intra-video negatives are never used")
-    alone, = UCL.check(UCLParams(momentum=0.9), context(batch=1), 64)
-    assert alone.startswith("pretrain.batch_size = 1 with methods.ucl.bank_size = auto: the bank holds the anchor's own video only")
+    (unused,) = UCL.check(UCLParams(momentum=0.9), context(epochs=8, steps=20), 64)
+    assert unused.startswith(
+        "methods.ucl.cross_only_epochs = 10 is not below pretrain.epochs = 8: the intra-video negatives are never used"
+    )
+    (alone,) = UCL.check(UCLParams(momentum=0.9), context(batch=1), 64)
+    assert alone.startswith(
+        "pretrain.batch_size = 1 with methods.ucl.bank_size = auto: the bank holds the anchor's own video only"
+    )
 
 
 def test_check__moco_and_simclr() -> None:
@@ -292,7 +297,7 @@ def test_check__moco_and_simclr() -> None:
     assert slow.startswith("methods.moco.momentum = 0.999: in 120 steps the key network moves only 11%")
     assert large.startswith("methods.moco.queue_size = 4096 is larger than the 3840 keys of the whole run")
     assert MoCo.check(MoCoParams(momentum=0.9, queue_size=64), context(), 64) == []
-    alone, = SimCLR.check(SimCLRParams(), context(batch=1), 64)
+    (alone,) = SimCLR.check(SimCLRParams(), context(batch=1), 64)
     assert alone.startswith("pretrain.batch_size = 1: SimCLR has no negatives")
     assert SimCLR.check(SimCLRParams(), context(), 64) == []
 

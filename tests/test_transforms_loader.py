@@ -38,7 +38,8 @@ def flat(found) -> dict[str, torch.Tensor]:
     """All rows of a list of batches, one tensor a role, with video and label."""
     return {
         **{role: torch.cat([b.frames[role] for b in found]) for role in found[0].frames},
-        "video": torch.cat([b.video for b in found]), "label": torch.cat([b.label for b in found]),
+        "video": torch.cat([b.video for b in found]),
+        "label": torch.cat([b.label for b in found]),
     }
 
 
@@ -49,7 +50,7 @@ def assert_same(one, other) -> None:
         assert torch.equal(value, second[name]), name
 
 
-# --- views -------------------------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------------------------------------
 
 
 def picture(height: int = 48, width: int = 64, channels: int = 1) -> np.ndarray:
@@ -99,7 +100,9 @@ def test_render__does_not_write_into_the_frame() -> None:
 
 @pytest.mark.parametrize("crop", ["random", "resized", "center"])
 def test_draw_view__stays_inside_and_keeps_its_promises(crop: str) -> None:
-    params = AugmentationParams(crop=crop, scale=(0.4, 1.0), ratio=(0.8, 1.25), brightness=0.3, contrast=0.2, blur=0.5, jitter=0.5)
+    params = AugmentationParams(
+        crop=crop, scale=(0.4, 1.0), ratio=(0.8, 1.25), brightness=0.3, contrast=0.2, blur=0.5, jitter=0.5
+    )
     views = [draw_view(params, np.random.default_rng(seed), (40, 56), 32) for seed in range(400)]
     for view in views:
         assert view.left >= 0
@@ -123,9 +126,17 @@ def test_draw_view__stays_inside_and_keeps_its_promises(crop: str) -> None:
 def test_draw_view__one_option_leaves_the_others_alone() -> None:
     """Sweeping the blur must not reshuffle crops and flips."""
     for seed in range(20):
-        one, other = (draw_view(AugmentationParams(blur=b), np.random.default_rng(seed), (40, 56), 32) for b in (0.0, 1.0))
+        one, other = (
+            draw_view(AugmentationParams(blur=b), np.random.default_rng(seed), (40, 56), 32) for b in (0.0, 1.0)
+        )
         assert (one.left, one.top, one.width, one.flip, one.gain, one.offset) == (
-            other.left, other.top, other.width, other.flip, other.gain, other.offset)
+            other.left,
+            other.top,
+            other.width,
+            other.flip,
+            other.gain,
+            other.offset,
+        )
         assert one.sigma == 0 < other.sigma
 
 
@@ -140,8 +151,10 @@ def test_resize_frame__short_side_square_and_no_copy() -> None:
     assert abs(int(resize_frame(stripes, 16)[4, 4]) - 128) <= 1, "area averaging does not alias"
 
 
-@pytest.mark.parametrize(("statistics", "mean", "std"), [
-    ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ("uscl", (0.5,) * 3, (0.25,) * 3)])
+@pytest.mark.parametrize(
+    ("statistics", "mean", "std"),
+    [("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ("uscl", (0.5,) * 3, (0.25,) * 3)],
+)
 def test_normalize__grey_fills_three_channels_colour_moves(statistics: str, mean: tuple, std: tuple) -> None:
     grey = torch.from_numpy(np.stack([picture(32, 32)] * 2))
     colour = torch.from_numpy(np.stack([picture(32, 32, 3)] * 2))
@@ -172,7 +185,7 @@ def test_transforms__module_starts_without_torch() -> None:
     assert "LazyModule" in Path(transforms.__file__).read_text()
 
 
-# --- frames ------------------------------------------------------------------------------------------------------------
+# --- frames ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -203,7 +216,7 @@ def test_gather_videos__copies_once_and_only_what_is_wanted(tmp_path: Path) -> N
     assert all(0 <= ref.number < 2**63 for ref in refs)
 
 
-# --- batches -----------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------------------------
 
 
 def test_epoch_order__every_video_once_a_round() -> None:
@@ -276,7 +289,10 @@ def test_loader__labels_videos_and_roles(store: FrameStore) -> None:
     assert (made.samples_per_epoch, made.steps_per_epoch) == (14, 4)
     batch = next(iter(made.epoch(0, CPU)))
     assert {role: tuple(x.shape) for role, x in batch.frames.items()} == {
-        "anchor": (4, 1, 3, 32, 32), "positive": (4, 1, 3, 32, 32), "negatives": (4, 3, 3, 32, 32)}
+        "anchor": (4, 1, 3, 32, 32),
+        "positive": (4, 1, 3, 32, 32),
+        "negatives": (4, 3, 3, 32, 32),
+    }
     known = {ref.number: "ab".index(ref.row.label) for ref in made.frames.videos}
     assert batch.label.tolist() == [known[int(v)] for v in batch.video]
     moved = batch.to(torch.device("meta"))
@@ -286,7 +302,9 @@ def test_loader__labels_videos_and_roles(store: FrameStore) -> None:
 def test_loader__samples_epochs_and_seeds_differ(store: FrameStore) -> None:
     """The same video gives other views in another round, epoch or seed; two views of one frame differ."""
     made = toy_loader(store, SimCLR, SimCLRParams(), batch=14, augmentation=VIEWS, working=40, samples_per_video=2)
-    other = toy_loader(store, SimCLR, SimCLRParams(), batch=14, augmentation=VIEWS, working=40, samples_per_video=2, seed=1)
+    other = toy_loader(
+        store, SimCLR, SimCLRParams(), batch=14, augmentation=VIEWS, working=40, samples_per_video=2, seed=1
+    )
     batch, later, seeded = next(made.epoch(0, CPU)), next(made.epoch(1, CPU)), next(other.epoch(0, CPU))
 
     def first(found, turn: int = 0) -> torch.Tensor:
@@ -333,7 +351,9 @@ def test_loader__an_unexpected_error_names_the_video(store: FrameStore) -> None:
 
     made = toy_loader(store, Picky, SimCLRParams(), batch=7)
     victims = [ref.video for ref in made.frames.videos if ref.row.frames == 16]
-    with pytest.raises(DataError, match=r"video (\w+): no sample could be made of it \(ValueError: a must be greater than 0\)") as caught:
+    with pytest.raises(
+        DataError, match=r"video (\w+): no sample could be made of it \(ValueError: a must be greater than 0\)"
+    ) as caught:
         list(made.epoch(0, CPU))
     assert any(victim in str(caught.value) for victim in victims)
 

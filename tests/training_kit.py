@@ -46,8 +46,15 @@ def clip_frames(seed: int, frames: int, side: int, label: int = 0, channels: int
 
 
 def make_store(
-    folder: Path, patients: int = 6, clips: int = 1, frames: int | list[int] = 20, side: int = 40, channels: int = 1, first: int = 0,
-    source: str = "main", labelled: bool = True,
+    folder: Path,
+    patients: int = 6,
+    clips: int = 1,
+    frames: int | list[int] = 20,
+    side: int = 40,
+    channels: int = 1,
+    first: int = 0,
+    source: str = "main",
+    labelled: bool = True,
 ) -> FrameStore:
     """A frame store of `patients` x `clips` videos; patient i has class i mod 2 (`a`, `b`)."""
     rows = []
@@ -56,24 +63,51 @@ def make_store(
         video = f"{(patient + 1) * 0x1F3A5B79D1 + number % clips:016x}"
         count = frames if isinstance(frames, int) else frames[number % len(frames)]
         pictures = clip_frames(int(video, 16), count, side, patient % 2, channels)
-        written = write_video(folder, video, (cv2.imencode(".jpg", f[..., ::-1] if f.ndim == 3 else f)[1].tobytes() for f in pictures))
-        rows.append(VideoRow(
-            video=video, source=source, path=f"{video}.mp4", sha256=video * 4, patient=f"P{patient:010x}", label="ab"[patient % 2] * labelled,
-            kind="video", frames=written, frames_decoded=written, frames_claimed=written, fps=12.0, fps_source="container", width=side,
-            height=side, stored_width=side, stored_height=side, channels=channels, bytes=(folder / f"{video}.tar").stat().st_size,
-        ))
+        written = write_video(
+            folder, video, (cv2.imencode(".jpg", f[..., ::-1] if f.ndim == 3 else f)[1].tobytes() for f in pictures)
+        )
+        rows.append(
+            VideoRow(
+                video=video,
+                source=source,
+                path=f"{video}.mp4",
+                sha256=video * 4,
+                patient=f"P{patient:010x}",
+                label="ab"[patient % 2] * labelled,
+                kind="video",
+                frames=written,
+                frames_decoded=written,
+                frames_claimed=written,
+                fps=12.0,
+                fps_source="container",
+                width=side,
+                height=side,
+                stored_width=side,
+                stored_height=side,
+                channels=channels,
+                bytes=(folder / f"{video}.tar").stat().st_size,
+            )
+        )
     Manifest(rows).write(folder / "manifest.csv")
     return FrameStore(folder)
 
 
 SMALL: dict[str, Any] = {
     "pretrain": {
-        "backbone": "resnet10", "image_size": 32, "epochs": 3, "batch_size": 4, "checkpoint_seconds": 3600, "samples_per_video": 2,
-        "optimizer": {"name": "sgd", "lr": 0.01}, "monitor": {"every_epochs": 1, "frames_per_video": 1},
+        "backbone": "resnet10",
+        "image_size": 32,
+        "epochs": 3,
+        "batch_size": 4,
+        "checkpoint_seconds": 3600,
+        "samples_per_video": 2,
+        "optimizer": {"name": "sgd", "lr": 0.01},
+        "monitor": {"every_epochs": 1, "frames_per_video": 1},
     },
     "methods": {
         "ucl": {"cross_only_epochs": 1, "decay_start": 2, "momentum": 0.9, "embedding_dim": 16},
-        "simclr": {"embedding_dim": 16}, "moco": {"embedding_dim": 16, "queue_size": 32, "momentum": 0.9}, "random": {},
+        "simclr": {"embedding_dim": 16},
+        "moco": {"embedding_dim": 16, "queue_size": 32, "momentum": 0.9},
+        "random": {},
     },
     "finetune": {"epochs": 3, "frames_per_video": 2, "eval_frames_per_video": 2, "batch_size": 8, "cached_views": 2},
     "split": {"folds": [0, 1, 2]},
@@ -105,7 +139,9 @@ def make_config(folder: Path, **changes: Any) -> Config:
 def make_inputs(store: FrameStore, fingerprint: str = "0123456789abcdef") -> PretrainInputs:
     """All videos of a store as the input of one pretraining run."""
     refs = gather_videos([store])
-    return PretrainInputs(refs, [r.row.patient for r in refs], ["ab".index(r.row.label) for r in refs], ["a", "b"], [], fingerprint)
+    return PretrainInputs(
+        refs, [r.row.patient for r in refs], ["ab".index(r.row.label) for r in refs], ["a", "b"], [], fingerprint
+    )
 
 
 class ListTracker(NullTracker):
@@ -141,7 +177,16 @@ def make_run(config: Config, store: FrameStore, scratch: Path, tracker: NullTrac
     return Pretraining(config, make_inputs(store), scratch, tracker or NullTracker("pretrain"), threads=1)
 
 
-def make_method(name: str, *, batch: int = 8, seed: int = 0, image: int = 32, norm: bool = True, double: bool = False, **changes: Any) -> Method:
+def make_method(
+    name: str,
+    *,
+    batch: int = 8,
+    seed: int = 0,
+    image: int = 32,
+    norm: bool = True,
+    double: bool = False,
+    **changes: Any,
+) -> Method:
     """A method on resnet10, optionally without batch norm and in float64."""
     kind = METHODS.get(name)
     small = {k: v for k, v in SMALL["methods"][name].items() if k in kind.Params.model_fields}
@@ -173,8 +218,19 @@ def remove_batch_norm(module: torch.nn.Module) -> None:
 
 
 def toy_loader(
-    store: FrameStore, method: type[Method], params: Any, *, size: int = 32, batch: int = 4, augmentation: dict[str, Any] | None = None,
-    budget_mb: int = 64, rank: int = 0, world: int = 1, threads: int = 1, working: int | None = None, **plan: Any,
+    store: FrameStore,
+    method: type[Method],
+    params: Any,
+    *,
+    size: int = 32,
+    batch: int = 4,
+    augmentation: dict[str, Any] | None = None,
+    budget_mb: int = 64,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = 1,
+    working: int | None = None,
+    **plan: Any,
 ) -> ClipLoader:
     """Batches of a store for a method."""
     views = AugmentationParams(**{**PLAIN, **(augmentation or {})})
@@ -184,7 +240,9 @@ def toy_loader(
     return ClipLoader(frames, labels, sampling, rank=rank, world=world, threads=threads)
 
 
-def make_project(folder: Path, patients: int = 9, frames: int | list[int] = 12, **changes: Any) -> tuple[Config, Splits]:
+def make_project(
+    folder: Path, patients: int = 9, frames: int | list[int] = 12, **changes: Any
+) -> tuple[Config, Splits]:
     """A project folder ready for the pretrain stage: params.yaml, data/frames/main, data/splits.json."""
     config = make_config(folder, **changes)
     store = make_store(folder / "data/frames/main", patients, frames=frames)
@@ -207,5 +265,11 @@ def stage_environment(folder: Path) -> dict[str, str]:
 def run_stage(folder: Path, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one stage to its end in a temporary project."""
     return subprocess.run(
-        stage_command(stage, *arguments), cwd=folder, env=stage_environment(folder), capture_output=True, text=True, check=False, timeout=120
+        stage_command(stage, *arguments),
+        cwd=folder,
+        env=stage_environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
