@@ -60,8 +60,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from pipeline.config import load_config
+    from pipeline.preflight import check_named_files
 
     config = load_config(arguments.params)
+    check_named_files(config)
     print(
         f"{arguments.params}: valid. Source {config.data.source}, {len(config.split.folds)} folds, pretraining "
         f"{config.pretrain.method} on {config.pretrain.backbone} for {config.pretrain.epochs} epochs "

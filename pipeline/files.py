@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_curves", "write_json"]
+__all__ = ["alone_in", "atomic_write", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_curves", "write_json"]
 
 
 def project_root() -> Path:
@@ -34,6 +36,30 @@ def scratch_folder(kind: str, fingerprint: str) -> Path:
     folder = project_root() / ".scratch" / kind / fingerprint
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold `folder` against other processes of this machine; wait, and say so, while another one computes there.
+
+    Two sweep points may need the same encoder at the same time: the second waits and then finds it finished. The lock ends
+    with its process, however that ends. Without POSIX locks (Windows) nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process computes the same result ({folder.name}); waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -332,17 +332,22 @@ def open_tracker(
     return Tracker(config, stage, item, fingerprint, execution_facts(config))
 
 
-def link_skipped(tracker: NullTracker, folder: Path = Path("reports/runs")) -> list[dict[str, Any]]:
+def link_skipped(
+    tracker: NullTracker, folder: Path = Path("reports/runs"), only: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """Tie stages that DVC took from its cache to this execution's parent run.
 
     Reads every sidecar in `folder`. A stage that ran in another execution is named on the parent by a tag
-    `linked.<stage>[-item]` with its run id, and its last metrics are repeated there under the same prefix.
+    `linked.<stage>[-item]` with its run id, and its last metrics are repeated there under the same prefix. `only` names the
+    files (without `.json`) that belong to the present parameters; DVC leaves records of earlier folds lying.
 
     Returns:
         One row a stage, sorted by file name: stage, item, run_id, parent_id, status, fingerprint, seconds, linked.
     """
     rows = []
     for path in sorted(Path(folder).glob("*.json")):
+        if only is not None and path.stem not in only:
+            continue
         try:
             record = read_json(path)
             stage, item = str(record["stage"]), record.get("item")

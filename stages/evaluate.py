@@ -17,7 +17,7 @@ from pipeline.cli import run_stage  # noqa: E402
 from pipeline.config import fingerprint, load_config  # noqa: E402
 from pipeline.data.splits import Splits  # noqa: E402
 from pipeline.data.store import FrameStore  # noqa: E402
-from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results  # noqa: E402
+from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results, stage_records  # noqa: E402
 from pipeline.tracking import link_skipped, open_tracker  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     folders = [card.parent for card in Path("models/finetuned").glob("*/card.json")]
     output = Path("reports/evaluate")
     with open_tracker(config, "evaluate", fingerprint=fingerprint(config.evaluate, splits.manifest_digest)) as tracker:
-        stages = link_skipped(tracker)
+        stages = link_skipped(tracker, only=stage_records(config))
         metrics = evaluate(config, folders, splits, store, output, stages)
         log_results(tracker, metrics, output)
         tracker.write_sidecar(Path("reports/runs/evaluate.json"), metrics=headline_metrics(metrics))

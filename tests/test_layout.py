@@ -37,6 +37,7 @@ ORDER = """
     files
     registry
     config
+    preflight
     distributed
     reproducibility
     checkpoint
@@ -338,7 +339,7 @@ def _listed(stage: str) -> tuple[set[str], set[str]]:
     return modules, others
 
 
-@pytest.mark.parametrize("stage", ["phantom", "extract", "extract_extra", "split", "pretrain", "finetune", "evaluate"])
+@pytest.mark.parametrize("stage", ["check", "phantom", "extract", "extract_extra", "split", "pretrain", "finetune", "evaluate"])
 def test_dvc__a_stage_depends_on_exactly_the_code_of_its_result(stage: str) -> None:
     listed, _ = _listed(stage)
     script = f"stages.{'extract' if stage == 'extract_extra' else stage}"
@@ -395,7 +396,7 @@ def test_params__every_key_is_tracked_or_deliberately_not() -> None:
     raw = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     tracked: set[str] = {"data.source", "data.extra_sources"}  # as deps: the folders themselves
     for block in _stages_of_dvc().values():
-        tracked |= {key.replace("${pretrain.method}", method) for key in block["params"] for method in raw["methods"]}
+        tracked |= {key.replace("${pretrain.method}", method) for key in block.get("params", []) for method in raw["methods"]}
     leaves = list(_leaves(raw))
     loose = [key for key in leaves if not _within(key, tracked) and not _within(key, set(UNTRACKED_KEYS))]
     assert not loose, f"no stage in dvc.yaml tracks {loose}"
@@ -426,7 +427,7 @@ def test_params__a_stage_tracks_what_its_code_reads(stage: str) -> None:
     tracked = {"data.extra_sources"}
     for earlier in STAGES[: STAGES.index(stage) + 1]:
         block = _stages_of_dvc()[earlier]
-        tracked |= {key.replace(".${pretrain.method}", "") for key in block["params"]}
+        tracked |= {key.replace(".${pretrain.method}", "") for key in block.get("params", [])}
         tracked |= {dep[2:-1] for dep in block["deps"] if dep.startswith("${")}
     fields = Config.model_fields.keys() - {"tracking", "launch", "methods"}
     read = {key for key in read if key.split(".")[0] in fields and key.split(".")[-1] not in ("model_dump", "method_params")}

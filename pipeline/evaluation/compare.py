@@ -69,7 +69,7 @@ def read_experiment(name: str, initialisation: str = "pretrained") -> Experiment
     Raises:
         DataError: unknown experiment, or it has no rows of this initialisation.
     """
-    table = pd.read_csv(io.StringIO(_read(name, f"{RESULTS}/predictions_video.csv")), dtype={"video": str, "patient": str, "label": str})
+    table = pd.read_csv(io.StringIO(_read(name, f"{RESULTS}/predictions_video.csv")), keep_default_na=False, dtype={"video": str, "patient": str, "label": str})
     rows = table[table["init"] == initialisation]
     if rows.empty:
         raise DataError(f"compare: '{name}' has no initialisation '{initialisation}'; found: {', '.join(sorted(set(table['init'])))}")

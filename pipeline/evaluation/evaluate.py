@@ -23,7 +23,7 @@ from pipeline.evaluation.summary import METRICS, summarise
 from pipeline.files import atomic_write, write_json
 from pipeline.tracking import NullTracker
 
-__all__ = ["compact", "evaluate", "headline_metrics", "log_results"]
+__all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_records"]
 
 
 def evaluate(
@@ -196,3 +196,15 @@ def write_tables(
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     atomic_write(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def stage_records(config: Config) -> set[str]:
+    """Names, without `.json`, of the run records (reports/runs) that the present parameters call for."""
+    extracts = {"extract", *(f"extract-{name}" for name in config.data.extra_sources)}
+    pretrains = {f"pretrain-fold{fold}" for fold in config.split.folds}
+    tuned = config.finetune
+    finetunes = {
+        f"finetune-{item_name(init, seed, fold)}"
+        for init in tuned.initialisations for seed in tuned.seeds for fold in config.split.folds
+    }
+    return extracts | {"split"} | pretrains | finetunes

@@ -243,11 +243,11 @@ class _Drawing:
                 plots.draw_gallery(self.folder / f"gallery_{name}.png", shown, f"Videos judged {name}ly", self.stamp)
 
     def pretraining(self, items: Sequence[Item]) -> list[Picture]:
-        """Curves of the encoders beside the models, one line an encoder."""
-        models = items[0].folder.parent.parent
-        return self._curves(
-            "pretraining", {path.parent.name: path for path in sorted(models.glob("encoders/*/curves.csv"))}
-        )
+        """Curves of the encoders of these folds, one line an encoder."""
+        encoders = items[0].folder.parent.parent / "encoders"
+        names = [f"fold{fold}" for fold in sorted({item.card.fold for item in items})]
+        paths = {name: encoders / name / "curves.csv" for name in names}
+        return self._curves("pretraining", {name: path for name, path in paths.items() if path.is_file()})
 
     def finetuning(self, items: Sequence[Item]) -> list[Picture]:
         """Curves of the fine-tuned models, coloured by initialisation."""

@@ -14,7 +14,7 @@ from pipeline.data.splits import Fold, Splits
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import working_size
 from pipeline.errors import CheckpointError, DataError, LeakageError
-from pipeline.files import atomic_write, hash_file, read_json, scratch_folder, write_curves, write_json
+from pipeline.files import alone_in, atomic_write, hash_file, read_json, scratch_folder, write_curves, write_json
 from pipeline.launch import threads_per_process
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.training.inputs import code_digest, frames_folder
@@ -91,8 +91,8 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
     output = Path(f"models/finetuned/{init}-seed{seed}-fold{fold_number}")
     done = scratch_folder("finetune", key) / "result"
     item = f"{init} fold {fold_number} seed {seed}"
-    reused = (done / "card.json").is_file()
-    with open_tracker(config, "finetune", item, fingerprint=key) as tracker:
+    with alone_in(done.parent), open_tracker(config, "finetune", item, fingerprint=key) as tracker:
+        reused = (done / "card.json").is_file()
         if not reused:
             part = done.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
@@ -173,7 +173,7 @@ def _finetune(
 
 def _write_predictions(path: Path, run: Any, identity: dict[str, Any], splits: Splits) -> None:
     """predictions.csv: one row a predicted frame of the test and inner validation videos."""
-    rows = [",".join(["init", "seed", "fold", "part", "video", "patient", "frame", "label", *(f"p_{_quoted(c)}" for c in splits.classes)])]
+    rows = [",".join(["init", "seed", "fold", "part", "video", "patient", "frame", "label", *(_quoted(f"p_{c}") for c in splits.classes)])]
     for part in ("test", "validation"):
         if not getattr(run.data, part):
             continue

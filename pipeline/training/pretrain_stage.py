@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.splits import Splits
-from pipeline.files import read_json, scratch_folder, write_json
+from pipeline.files import alone_in, read_json, scratch_folder, write_json
 from pipeline.launch import is_worker, launch, process_count, threads_per_process, worker_rank
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.training.inputs import PretrainInputs, open_pretrain_inputs
@@ -33,8 +34,15 @@ def run_pretrain_stage(config: Config, fold: int, script: Path) -> str:
     """
     splits = Splits.read(SPLITS)
     inputs = open_pretrain_inputs(config, splits, fold)
-    output = Path(f"models/encoders/fold{fold}")
     scratch = scratch_folder("pretrain", inputs.fingerprint)
+    # Workers run under the lock of the process that started them.
+    with nullcontext() if is_worker() else alone_in(scratch):
+        return _pretrain_once(config, fold, script, inputs, scratch)
+
+
+def _pretrain_once(config: Config, fold: int, script: Path, inputs: PretrainInputs, scratch: Path) -> str:
+    """Reuse, start workers, or train here."""
+    output = Path(f"models/encoders/fold{fold}")
     done = scratch / "result"
     reused = (done / "card.json").is_file()
     if not reused and not is_worker() and process_count(config.launch) > 1:

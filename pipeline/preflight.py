@@ -1,0 +1,44 @@
+"""What can be checked before anything runs: parameters, and the files and folders they name.
+
+The first stage of the pipeline (`stages/check.py`) calls it, so that a mistyped method or a missing folder ends with a
+sentence at once, and not with DVC's "No such file" behind an hour of other stages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+__all__ = ["check_named_files"]
+
+PHANTOM = "data/phantom"
+"""Written by the stage of that name, so it need not exist before."""
+
+
+def _source_problem(key: str, path: str) -> str | None:
+    if path == PHANTOM or Path(path).is_dir():
+        return None
+    what = "is a file, not a folder" if Path(path).exists() else "does not exist"
+    hint = "" if Path(path).is_absolute() else " In a queued experiment a relative path must be known to git or DVC; use an absolute one."
+    return f"{key}: {path} {what}. Give a folder of videos, stills or frame folders, or {PHANTOM} for the phantom clips.{hint}"
+
+
+def check_named_files(config: Config) -> None:
+    """Check that everything params.yaml points at is there.
+
+    Raises:
+        ConfigError: one line for every folder or file that is missing.
+    """
+    sources = {"data.source": config.data.source}
+    sources |= {f"data.extra_sources.{name}.path": source.path for name, source in config.data.extra_sources.items()}
+    lines = [line for key, path in sources.items() if (line := _source_problem(key, path))]
+    if config.split.file is not None and not Path(config.split.file).is_file():
+        lines.append(f"split.file: {config.split.file} does not exist. Give a JSON file of folds, or null for folds drawn here.")
+    init = config.pretrain.init
+    if init not in ("random", "imagenet") and not Path(init).is_file():
+        lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
+    if lines:
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise ConfigError(f"params.yaml: {count}\n" + "\n".join(f"  {line}" for line in lines))

@@ -1,0 +1,50 @@
+"""Everything params.yaml names is looked for before anything runs, and all that is missing is said at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.preflight import check_named_files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    return Config.model_validate(sections)
+
+
+def test_preflight__everything_missing_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    broken = config(
+        data={"source": str(tmp_path / "none"), "extra_sources": {"more": {"path": str(tmp_path / "clip.mp4")}}},
+        split={"file": "no/split.json"}, pretrain={"init": "no/weights.pth"},
+    )
+    with pytest.raises(ConfigError) as error:
+        check_named_files(broken)
+    text = str(error.value)
+    assert text.startswith("params.yaml: 4 problems") and "data.source:" in text and "does not exist. Give a folder" in text
+    assert "data.extra_sources.more.path:" in text and "is a file, not a folder" in text
+    assert "split.file: no/split.json does not exist" in text and "pretrain.init: no/weights.pth does not exist" in text
+
+
+def test_preflight__phantoms_need_not_exist_yet_and_relative_paths_are_explained() -> None:
+    check_named_files(config())
+    with pytest.raises(ConfigError, match="queued experiment a relative path"):
+        check_named_files(config(data={"source": "nowhere/clips"}))
+
+
+def test_check_stage__mistyped_method_ends_with_the_nearest_name(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("method: ucl ", "method: ulc ")
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "stages" / "check.py")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "unknown method 'ulc'" in done.stderr and "Did you mean 'ucl'?" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "reports").exists()
