@@ -243,14 +243,22 @@ class FinetuneParams(Section):
     """Evenly spaced frames a video when predicting."""
     class_weights: Literal["balanced", "none"] = "balanced"
     label_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the training patients whose labels are used."""
+    """Share of the training and inner validation patients whose labels are used, by class."""
     selection: Literal["inner", "last", "best_on_test"] = "inner"
     """`inner`: best epoch on inner validation patients; `best_on_test` reproduces published numbers and is stamped optimistic."""
-    selection_metric: Literal["balanced_accuracy", "accuracy", "macro_f1", "loss"] = "balanced_accuracy"
+    selection_metric: Literal["balanced_accuracy", "accuracy", "macro_f1", "loss", "malignancy_harmonic_mean"] = "balanced_accuracy"
+    """The last one is the published gallbladder rule; it needs the three classes normal, benign, malignant in that order."""
     batchnorm: Literal["frozen", "train", "official_eval_after_first_epoch"] = "frozen"
     """Batch norm of frozen layers: running statistics as pretrained, or updated as the published lung recipe does."""
     optimizer: OptimizerParams = Field(default_factory=lambda: OptimizerParams(name="adam", lr=0.001))
     augmentation: AugmentationParams = Field(default_factory=lambda: AugmentationParams(scale=(0.8, 1.0), blur=0.0))
+
+    @field_validator("initialisations", "seeds")
+    @classmethod
+    def _distinct(cls, value: list[Any]) -> list[Any]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"must hold at least one value and none twice; got {value}")
+        return value
 
 
 class EvaluateParams(Section):

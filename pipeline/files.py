@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["alone_in", "atomic_write", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_curves", "write_json"]
+__all__ = ["alone_in", "atomic_write", "copy_into", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_curves", "write_json"]
 
 
 def project_root() -> Path:
@@ -83,6 +84,20 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
+        raise
+
+
+def copy_into(source: Path, target: Path) -> None:
+    """Copy a file over `target` by replacing it, never by writing into it.
+
+    After a checkout an output is a hard link into DVC's cache: writing into it would change the cached object as well.
+    """
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        shutil.copyfile(source, part)
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
         raise
 
 

@@ -6,6 +6,8 @@ import json
 import random
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -300,3 +302,17 @@ def test_save_tensors__equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["sonoscope"]) == {"schema": 1, "backbone": "résnet"} and file.metadata()["format"] == "pt"
     found = load_file(tmp_path / "w.safetensors")
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_alone_in__a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from pipeline.files import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n"
+        "    print('in', flush=True); time.sleep(float(sys.argv[2])); print(time.monotonic(), flush=True)\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), "1.0"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "in\n"
+    second = subprocess.run([sys.executable, "-c", script, str(tmp_path), "0"], capture_output=True, text=True, check=True)
+    lines = second.stdout.splitlines()
+    assert lines[0].startswith("another process computes the same result") and lines[1] == "in"
+    assert float(first.communicate()[0].splitlines()[-1]) <= float(lines[-1])

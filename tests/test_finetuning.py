@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -408,3 +409,51 @@ def test_stage__label_fraction_is_written_down(project: Path) -> None:
     card = json.loads((project / "models/finetuned/random-seed0-fold0/card.json").read_text())
     assert set(card["train_groups"]) < set(splits.groups_of(splits.fold(0).inner[0].train))
     assert card["label_fraction"] == 0.5
+
+
+def test_stage__output_linked_into_a_cache_is_replaced_not_written_into(project: Path) -> None:
+    config, _ = make_project(project, **SETTINGS)
+    run_finetune_stage(config, "random", 0, 0)
+    folder, cache = project / "models/finetuned/random-seed0-fold0", project / "cache"
+    cache.mkdir()
+    for path in folder.iterdir():
+        path.write_bytes(b"another experiment's object")
+        os.link(path, cache / path.name)
+        path.chmod(0o444)
+    assert "reused" in run_finetune_stage(config, "random", 0, 0)
+    assert all(path.read_bytes() == b"another experiment's object" for path in cache.iterdir())
+    assert b"random,0,0,test" in (folder / "predictions.csv").read_bytes()
+
+
+def test_stage__class_names_with_commas_and_quotes_survive(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    odd = {"a": 'B-lines, "few"', "b": "c, d"}
+    raw = json.loads((project / "data/splits.json").read_text())
+    raw["classes"] = [odd[name] for name in raw["classes"]]
+    raw["labels"] = {video: odd[name] for video, name in raw["labels"].items()}
+    (project / "data/splits.json").write_text(json.dumps(raw))
+    run_finetune_stage(config, "random", 0, 0)
+    with open(project / "models/finetuned/random-seed0-fold0/predictions.csv", newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    assert {row["label"] for row in rows} == set(odd.values())
+    assert abs(sum(float(rows[0][f"p_{name}"]) for name in odd.values()) - 1) < 1e-6
+
+
+def test_stage__reused_result_says_where_this_runs_encoder_comes_from(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    write_encoder(project, config, splits)
+    run_finetune_stage(config, "pretrained", 0, 0)
+    write_encoder(project, config, splits, scope="all", groups=sorted(set(splits.groups.values())))
+    assert "reused" in run_finetune_stage(config, "pretrained", 0, 0)
+    card = json.loads((project / "models/finetuned/pretrained-seed0-fold0/card.json").read_text())
+    assert card["pretrain_scope"] == "all" and card["pretrain_groups"] == sorted(set(splits.groups.values()))
+
+
+def test_selection__published_gallbladder_rule(store: FrameStore, tmp_path: Path) -> None:
+    data = replace(make_data(store, labels=[0, 1, 2, 0, 1, 2, 0, 2]), classes=["normal", "benign", "malignant"])
+    backbone, features = build_backbone("resnet10")
+    network = Classifier(backbone, "resnet10", features, 3, head="linear", trainable="last_block", batchnorm="frozen")
+    run = make_finetuning(tmp_path, data, network, selection_metric="malignancy_harmonic_mean", epochs=3)
+    run.train(ListTracker(), "")
+    values = [row["validation_malignancy_harmonic_mean"] for row in run.rows]
+    assert run.selected_epoch == int(np.argmax(values)) and all(0 <= value <= 1 for value in values)

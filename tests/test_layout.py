@@ -85,7 +85,6 @@ READS_ENVIRONMENT = {
     "pipeline.config": "MLFLOW_TRACKING_URI",
     "pipeline.distributed": "what torchrun sets",
     "pipeline.launch": "what torchrun sets, and what its workers inherit",
-    "pipeline.reproducibility": "CUBLAS_WORKSPACE_CONFIG, without which CUDA is not deterministic",
     "pipeline.tracking": "RANK: only the first process logs",
     "pipeline.tracking_context": "DVC's name of the experiment",
     "pipeline.tracking_store": "time limits of MLflow's client",

@@ -34,7 +34,7 @@ from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudony
 from pipeline.data.store import FrameStore, write_video
 from pipeline.data.video import Facts, Media, MediaReader, content_hash
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import atomic_write, read_json, scratch_folder, write_json
+from pipeline.files import atomic_write, hash_file, read_json, scratch_folder, write_json
 
 __all__ = ["Extracted", "Task", "extract_one", "extract_source", "extraction_fingerprint"]
 
@@ -77,9 +77,10 @@ class Extracted:
 
 
 def extraction_fingerprint(params: ExtractParams) -> str:
-    """16 hex digits over all that decides the stored bytes: parameters, format and OpenCV version."""
+    """16 hex digits over all that decides the stored bytes: parameters, format, the code that reads, and OpenCV's version."""
+    code = [hash_file(Path(__file__).with_name(name)) for name in ("video.py", "store.py")]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
-    return fingerprint({"format": FORMAT, "opencv": cv2.__version__, **decisive})
+    return fingerprint({"format": FORMAT, "code": code, "opencv": cv2.__version__, **decisive})
 
 
 def _start_worker() -> None:

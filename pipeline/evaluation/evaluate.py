@@ -83,6 +83,12 @@ def _asked_for(config: Config, splits: Splits, folders: Sequence[Path]) -> tuple
         f"{name} is not asked for by finetune.initialisations, finetune.seeds and split.folds, and was left out"
         for name in others
     ]
+    if config.pretrain.init != "random" and "random" in config.finetune.initialisations:
+        start = "ImageNet" if config.pretrain.init == "imagenet" else "given"
+        warnings.append(
+            f"pretraining started from {start} weights, the comparison network from random ones: the difference holds what "
+            "those weights bring as well (an experiment with pretrain.method: random judges them alone)"
+        )
     kept = [folder for folder in folders if folder.name in wanted]
     if not kept:
         raise DataError("no fine-tuned models that params.yaml asks for. Run `dvc repro finetune` first.")

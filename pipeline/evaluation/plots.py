@@ -6,6 +6,7 @@ and on paper. Colours are safe for colour-blind readers and never the only mark:
 
 from __future__ import annotations
 
+import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+
+from pipeline.files import atomic_write  # noqa: E402
 
 __all__ = [
     "DPI",
@@ -104,9 +107,10 @@ def _card(path: Path, stamp: str, **size: Any):
                     color="#a61e1e",
                     fontweight="bold",
                 )
-            path.parent.mkdir(parents=True, exist_ok=True)
             # No software or date field: equal results give equal bytes, and DVC sees no change.
-            figure.savefig(path, dpi=DPI, metadata={"Software": None})
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
+            atomic_write(path, picture.getvalue())
         finally:
             plt.close(figure)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from pipeline.registry import HEADS
@@ -34,9 +33,3 @@ def gallbladder_classifier(feature_dim: int, classes: int) -> nn.Module:
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
     return head
-
-
-@torch.no_grad()
-def count_parameters(module: nn.Module) -> int:
-    """Number of weights of a module."""
-    return sum(p.numel() for p in module.parameters())

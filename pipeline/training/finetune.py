@@ -21,7 +21,7 @@ from pipeline.data.loader import sample_generator
 from pipeline.data.transforms import draw_view, normalize, render
 from pipeline.errors import PipelineError
 from pipeline.evaluation.features import evenly_spaced, render_centre
-from pipeline.evaluation.metrics import Scores, classification_metrics, select_epoch
+from pipeline.evaluation.metrics import Scores, classification_metrics, harmonic_mean, malignancy_metrics, select_epoch
 from pipeline.models.classifier import Classifier
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 
@@ -99,13 +99,17 @@ class Finetuning:
 
     @torch.no_grad()
     def _constants(self, images: np.ndarray) -> torch.Tensor:
-        """uint8 images -> what the trained part reads: normalised images, or the frozen layers' outputs."""
-        parts = []
+        """uint8 images -> what is kept of them: the frozen layers' outputs, or the images as they are (a twelfth of floats)."""
+        if not self.cached:
+            return torch.from_numpy(images)
         self.frozen.eval()
-        for start in range(0, len(images), 64):
-            chunk = torch.from_numpy(images[start : start + 64]).to(self.device)
-            parts.append(self.frozen(normalize(chunk, self.statistics)))
-        return torch.cat(parts)
+        chunks = torch.from_numpy(images).split(64)
+        return torch.cat([self.frozen(normalize(chunk.to(self.device), self.statistics)) for chunk in chunks])
+
+    def _logits(self, kept: torch.Tensor) -> torch.Tensor:
+        """Rows of `_constants` -> logits."""
+        kept = kept.to(self.device)
+        return self.live(kept if self.cached else normalize(kept, self.statistics))
 
     def _training_frames(self, epoch: int) -> list[tuple[int, int]]:
         """`frames_per_video` random frames of each training video, the same whatever else is drawn."""
@@ -158,7 +162,7 @@ class Finetuning:
         for number, rows in enumerate(batches):
             rate = learning_rate(params.optimizer, params.epochs, epoch + number / len(batches))
             set_learning_rate(self.optimizer, rate)
-            logits = self.live(inputs[rows])
+            logits = self._logits(inputs[rows.to(inputs.device)])
             loss = F.cross_entropy(logits, labels[rows], weight=self.weights)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -178,7 +182,7 @@ class Finetuning:
             self._inputs[part] = items, self._constants(images)
         items, inputs = self._inputs[part]
         self.network.eval()
-        logits = torch.cat([self.live(chunk) for chunk in inputs.split(256)])
+        logits = torch.cat([self._logits(chunk) for chunk in inputs.split(64)])
         probabilities = logits.float().softmax(1).cpu().numpy()
         self._demand_finite(probabilities)
         return Predictions(items, probabilities)
@@ -200,7 +204,14 @@ class Finetuning:
         return {
             "accuracy": numbers["accuracy"], "balanced_accuracy": numbers["balanced_accuracy"], "macro_f1": numbers["macro_f1"],
             "loss": numbers["log_loss"],
-        }
+        } | self._malignancy(np.array(numbers["confusion"]))
+
+    def _malignancy(self, confusion: np.ndarray) -> dict[str, float]:
+        """The published gallbladder rule (harmonic mean of specificity and sensitivity) where it is asked for."""
+        if self.params.selection_metric != "malignancy_harmonic_mean":
+            return {}
+        numbers = malignancy_metrics(confusion)
+        return {"malignancy_harmonic_mean": harmonic_mean(numbers["specificity"], numbers["sensitivity"])}
 
     def train(self, tracker: Any, title: str) -> None:
         """All epochs; afterwards the network holds the weights of the selected one.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import shutil
 import time
@@ -14,7 +16,7 @@ from pipeline.data.splits import Fold, Splits
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import working_size
 from pipeline.errors import CheckpointError, DataError, LeakageError
-from pipeline.files import alone_in, atomic_write, hash_file, read_json, scratch_folder, write_curves, write_json
+from pipeline.files import alone_in, atomic_write, copy_into, hash_file, read_json, scratch_folder, write_curves, write_json
 from pipeline.launch import threads_per_process
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.training.inputs import code_digest, frames_folder
@@ -26,13 +28,17 @@ RESULT_FILES = ("predictions.csv", "card.json", "curves.csv", "model.safetensors
 
 
 def _parts(config: Config, splits: Splits, fold: Fold) -> dict[str, list[str]]:
-    """Video ids of training, inner validation and test. The inner fold used for selection is the first."""
+    """Video ids of training, inner validation and test.
+
+    With selection `inner` the first inner fold's validation part chooses the epoch and is not trained on; otherwise all
+    training patients are trained on.
+    """
     if config.finetune.selection == "inner" and not fold.inner:
         raise DataError(
             f"finetune.selection: inner needs inner validation patients, but fold {fold.fold} has too few. Use selection: last, fewer "
             f"split.folds, or more patients a class."
         )
-    if fold.inner:
+    if config.finetune.selection == "inner":
         return {"train": fold.inner[0].train, "validation": fold.inner[0].validation, "test": fold.test}
     return {"train": fold.train, "validation": [], "test": fold.test}
 
@@ -66,7 +72,7 @@ def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: di
     )
     finetune = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})
     labels = sorted((video, splits.labels[video], splits.groups[video]) for part in parts.values() for video in part)
-    shared = (config.pretrain.backbone, config.pretrain.image_size, config.pretrain.memory_budget_mb > 0, config.launch.device)
+    shared = (config.pretrain.backbone, config.pretrain.image_size, config.launch.device)
     encoder = hash_file(Path(digest)) if digest else f"random {config.pretrain.seed}"
     return fingerprint(finetune, shared, labels, parts, splits.classes, splits.manifest_digest, code, init, seed, encoder)
 
@@ -102,10 +108,21 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
             os.replace(part, done)
         output.mkdir(parents=True, exist_ok=True)
         for name in RESULT_FILES:
-            shutil.copyfile(done / name, output / name)
+            copy_into(done / name, output / name)
+        # What belongs to the encoder of this run and not to the shared result.
+        card = read_json(output / "card.json") | _encoder_facts(encoder)
+        write_json(output / "card.json", card)
         _log_result(output, tracker)
         tracker.write_sidecar(Path(f"reports/runs/finetune-{init}-seed{seed}-fold{fold_number}.json"), fingerprint=key)
     return f"finetune {item}: {'finished result reused' if reused else 'done'}; predictions in {output}"
+
+
+def _encoder_facts(encoder: dict[str, Any]) -> dict[str, Any]:
+    """The part of a card that says where the trunk comes from."""
+    return {
+        "pretrain_groups": encoder.get("groups", []), "pretrain_scope": encoder.get("scope", "none"),
+        "method": encoder.get("method", "random"), "encoder_fingerprint": encoder.get("fingerprint"),
+    }
 
 
 def _finetune(
@@ -140,10 +157,12 @@ def _finetune(
     number = {name: i for i, name in enumerate(splits.classes)}
     labels = np.array([number[splits.labels[ref.video]] for ref in refs], np.int64)
     groups = [splits.groups[ref.video] for ref in refs]
-    train = subset_by_patient([index[v] for v in parts["train"]], labels, groups, params.label_fraction, identity["seed"])
-    data = FinetuneData(
-        frames, labels, groups, splits.classes, train, [index[v] for v in parts["validation"]], [index[v] for v in parts["test"]]
+    # The validation patients' labels choose the epoch, so they count towards the label budget as well.
+    train, validation = (
+        subset_by_patient([index[v] for v in parts[part]], labels, groups, params.label_fraction, identity["seed"])
+        for part in ("train", "validation")
     )
+    data = FinetuneData(frames, labels, groups, splits.classes, train, validation, [index[v] for v in parts["test"]])
     backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed)
     if weights:
         load_trunk(backbone, read_state_dict(Path(weights), "models/encoders"), weights, "models/encoders")
@@ -155,16 +174,14 @@ def _finetune(
     run.train(tracker, f"finetune {identity['init']} fold {identity['fold']}")
     card = identity | {
         "classes": splits.classes, "train_groups": sorted({groups[v] for v in train}),
-        "validation_groups": splits.groups_of(parts["validation"]), "test_groups": splits.groups_of(parts["test"]),
-        "pretrain_groups": encoder.get("groups", []), "pretrain_scope": encoder.get("scope", "none"),
-        "method": encoder.get("method", "random"), "encoder_fingerprint": encoder.get("fingerprint"),
+        "validation_groups": sorted({groups[v] for v in validation}), "test_groups": splits.groups_of(parts["test"]),
         "selection": params.selection, "selected_epoch": run.selected_epoch,
         "stamp": OPTIMISTIC if params.selection == "best_on_test" else None,
         "trainable": params.trainable, "head": params.head, "label_fraction": params.label_fraction,
         "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "backbone": config.pretrain.backbone, "image_size": size, "device": device.type,
         "seconds": round(time.monotonic() - started, 1),
-    }
+    } | _encoder_facts(encoder)
     _write_predictions(folder / "predictions.csv", run, identity, splits)
     write_curves(folder / "curves.csv", run.rows)
     save_tensors(folder / "model.safetensors", network.state_dict(), {"schema": 1})
@@ -173,7 +190,9 @@ def _finetune(
 
 def _write_predictions(path: Path, run: Any, identity: dict[str, Any], splits: Splits) -> None:
     """predictions.csv: one row a predicted frame of the test and inner validation videos."""
-    rows = [",".join(["init", "seed", "fold", "part", "video", "patient", "frame", "label", *(_quoted(f"p_{c}") for c in splits.classes)])]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["init", "seed", "fold", "part", "video", "patient", "frame", "label", *(f"p_{name}" for name in splits.classes)])
     for part in ("test", "validation"):
         if not getattr(run.data, part):
             continue
@@ -181,13 +200,8 @@ def _write_predictions(path: Path, run: Any, identity: dict[str, Any], splits: S
         for (index, frame), probabilities in zip(predicted.items, predicted.probabilities, strict=True):
             video = run.data.frames.videos[index].video
             fields = [identity["init"], identity["seed"], identity["fold"], part, video, splits.groups[video], frame]
-            numbers = [repr(float(p)) for p in probabilities]
-            rows.append(",".join([*map(str, fields), _quoted(splits.labels[video]), *numbers]))
-    atomic_write(path, "\n".join(rows) + "\n")
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+            table.writerow([*fields, splits.labels[video], *(repr(float(p)) for p in probabilities)])
+    atomic_write(path, text.getvalue())
 
 
 def _log_result(output: Path, tracker: NullTracker) -> None:

@@ -126,6 +126,12 @@ class Pretraining:
         """Videos that are left out and batches that have to be filled up; PipelineError where batch norm could not work."""
         params, short, world = self.config.pretrain, self.inputs.left_out, distributed.world_size()
         parts, warnings = world * params.accumulate, []
+        small = sum(min(ref.row.stored_width, ref.row.stored_height) < params.image_size for ref in self.inputs.videos)
+        if small > len(self.inputs.videos) // 2:
+            warnings.append(
+                f"pretrain.image_size = {params.image_size}: {small} of {len(self.inputs.videos)} videos are stored smaller and will be "
+                f"enlarged. Raise extract.short_side (now {self.config.extract.short_side}) if the files have more pixels."
+            )
         if short:
             shown = ", ".join(short[:4]) + (" ..." if len(short) > 4 else "")
             warnings.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.splits import Splits
-from pipeline.files import alone_in, read_json, scratch_folder, write_json
+from pipeline.files import alone_in, copy_into, read_json, scratch_folder, write_json
 from pipeline.launch import is_worker, launch, process_count, threads_per_process, worker_rank
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.training.inputs import PretrainInputs, open_pretrain_inputs
@@ -22,7 +22,7 @@ def _copy_result(done: Path, output: Path) -> None:
     """Copy a finished result from scratch to the stage's output folder."""
     output.mkdir(parents=True, exist_ok=True)
     for path in done.iterdir():
-        shutil.copy2(path, output / path.name)
+        copy_into(path, output / path.name)
 
 
 def run_pretrain_stage(config: Config, fold: int, script: Path) -> str:
