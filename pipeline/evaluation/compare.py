@@ -126,7 +126,9 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     def cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
         if value is None:
             return "-"
-        return f"{value:{sign}.2f}" + ("" if low is None else f" ({low:{sign}.2f} to {high:{sign}.2f})")
+        # + 0.0 turns -0.0 into 0.0
+        shown, *ends = (None if x is None else f"{round(x, 2) + 0.0:{sign}.2f}" for x in (value, low, high))
+        return str(shown) if low is None else f"{shown} ({ends[0]} to {ends[1]})"
 
     names = [metric.replace("_", " ") for metric in METRICS]
     head = ["experiment", "method", *names, f"balanced accuracy minus {rows[0]['method']}", "p", "p (Holm)"]
