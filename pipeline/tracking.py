@@ -338,7 +338,7 @@ def link_skipped(
     """Tie stages that DVC took from its cache to this execution's parent run.
 
     Reads every sidecar in `folder`. A stage that ran in another execution is named on the parent by a tag
-    `linked.<stage>[-item]` with its run id, and its last metrics are repeated there under the same prefix. `only` names the
+    `linked.<stage>[-item]` with its run id; its numbers stay there, so that the parents' columns remain few. `only` names the
     files (without `.json`) that belong to the present parameters; DVC leaves records of earlier folds lying.
 
     Returns:
@@ -359,9 +359,6 @@ def link_skipped(
             prefix = f"linked.{slug(f'{stage}-{item}' if item else stage)}"
             run_id = record.get("run_id") or f"not delivered yet, key {record.get('run_key', '')}"
             tracker.set_parent_tags({prefix: run_id})
-            metrics = record.get("metrics")
-            if isinstance(metrics, dict):
-                tracker.log_parent_metrics({f"{prefix}.{key}": value for key, value in metrics.items()})
         shown = ("run_id", "parent_id", "status", "fingerprint", "seconds")
         rows.append({"stage": stage, "item": item, **{key: record.get(key) for key in shown}, "linked": linked})
     return rows

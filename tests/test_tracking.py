@@ -381,7 +381,7 @@ def test_link_skipped__names_the_old_run_and_repeats_its_metrics(root: Path) -> 
     parent = client(root).get_run(tracker.parent_id)
     assert parent.info.run_id != rows[1]["parent_id"]
     assert parent.data.tags["linked.pretrain-fold-0"] == rows[1]["run_id"] == pretrain.run_id != ""
-    assert parent.data.metrics["linked.pretrain-fold-0.knn"] == 0.8
+    assert not [name for name in parent.data.metrics if name.startswith("linked")], "the table of parents stays readable"
 
 
 def test_empty_folder__is_an_artifact_without_trouble(root: Path) -> None:
