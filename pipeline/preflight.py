@@ -6,10 +6,12 @@ sentence at once, and not with DVC's "No such file" behind an hour of other stag
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.registry import BACKBONES, HEADS, did_you_mean
 
 __all__ = ["check_named_files"]
 
@@ -29,13 +31,23 @@ def check_named_files(config: Config) -> None:
     """Check that everything params.yaml points at is there.
 
     Raises:
-        ConfigError: one line for every folder or file that is missing.
+        ConfigError: one line for every folder or file that is missing, and every name of a network part that is unknown.
     """
     sources = {"data.source": config.data.source}
     sources |= {f"data.extra_sources.{name}.path": source.path for name, source in config.data.extra_sources.items()}
     lines = [line for key, path in sources.items() if (line := _source_problem(key, path))]
     if config.split.file is not None and not Path(config.split.file).is_file():
         lines.append(f"split.file: {config.split.file} does not exist. Give a JSON file of folds, or null for folds drawn here.")
+    for registry, name in ((BACKBONES, config.pretrain.backbone), (HEADS, config.finetune.head)):
+        known = registry.declared()
+        if name not in known:
+            lines.append(f"{registry.key}: unknown {registry.kind} '{name}'. Allowed: {', '.join(known)}.{did_you_mean(name, known)}")
+    words = ("linear", "last_block", "all")
+    if config.finetune.trainable not in words and not re.match(r"(conv1|bn1|layer[1-4])(\.|$)", config.finetune.trainable):
+        lines.append(
+            f"finetune.trainable: '{config.finetune.trainable}' is no part of a network. Allowed: {', '.join(words)}, or the beginning of "
+            f"parameter names such as layer4.1.{did_you_mean(config.finetune.trainable, words)}"
+        )
     init = config.pretrain.init
     if init not in ("random", "imagenet") and not Path(init).is_file():
         lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.errors import ConfigError
@@ -70,6 +73,12 @@ class Registry(Generic[T]):
         """All registered names, sorted."""
         self._load()
         return sorted(self._items)
+
+    def declared(self) -> list[str]:
+        """Names that the sources register, read as text: for checks that must not import torch."""
+        spec = importlib.util.find_spec(self.package)
+        text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+        return sorted(re.findall(r"\.register\(\"([^\"]+)\"\)", text))
 
     def get(self, name: str) -> T:
         """The object registered under `name`; `ConfigError` with the known names otherwise."""

@@ -44,7 +44,7 @@ def test_compare__difference_interval_and_corrected_p(tmp_path: Path) -> None:
     assert good["p"] < 0.01 and good["p_holm"] == pytest.approx(min(1, 2 * good["p"]))
     assert same["difference"].difference == 0 and same["p"] == 1
     lines = result["text"].splitlines()
-    assert len(lines) == 5 and "minus random" in lines[0] and "+0.50" in lines[3]
+    assert len(lines) == 5 and "minus" in lines[0] and "random" in lines[0] and "+0.50" in lines[3]
 
 
 def test_compare__unequal_folds_are_refused_by_an_example(tmp_path: Path) -> None:

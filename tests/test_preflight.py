@@ -48,3 +48,23 @@ def test_check_stage__mistyped_method_ends_with_the_nearest_name(tmp_path: Path)
     )
     assert done.returncode == 2 and "unknown method 'ulc'" in done.stderr and "Did you mean 'ucl'?" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"pretrain": {"backbone": "resnet12"}}, r"pretrain.backbone: unknown backbone 'resnet12'. Allowed: resnet10, .*Did you mean"),
+        ({"finetune": {"head": "liner"}}, r"finetune.head: unknown head 'liner'. Allowed: linear, mlp. Did you mean 'linear'"),
+        ({"finetune": {"trainable": "lastblock"}}, r"finetune.trainable: 'lastblock' .* Did you mean 'last_block'"),
+        ({"finetune": {"trainable": "layer9"}}, r"finetune.trainable: 'layer9' is no part"),
+    ],
+)
+def test_preflight__names_of_network_parts_without_torch(section: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        check_named_files(config(**section))
+
+
+def test_declared_names__are_those_that_register() -> None:
+    from pipeline.registry import BACKBONES, HEADS
+
+    assert BACKBONES.declared() == BACKBONES.names() and HEADS.declared() == HEADS.names()

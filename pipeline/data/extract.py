@@ -336,14 +336,15 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
         store.close()
     _tell(found.notes, quarantined, rows)
     if quarantined and (params.on_error == "fail" or not rows):
-        raise DataError(_failures(quarantined, len(results)))
+        raise DataError(_failures(quarantined, len(results), params.on_error))
     return metrics
 
 
-def _failures(quarantined: list[Extracted], total: int) -> str:
+def _failures(quarantined: list[Extracted], total: int, policy: str) -> str:
     lines = [f"{len(quarantined)} of {total} files cannot be read:"]
     lines += [f"  {result.path}: {result.reason}" for result in quarantined]
-    lines.append("Remove or replace them, or set extract.on_error: quarantine to go on without them.")
+    other = ", or set extract.on_error: quarantine to go on without them" if policy == "fail" and len(quarantined) < total else ""
+    lines.append(f"Remove or replace them{other}.")
     return "\n".join(lines)
 
 

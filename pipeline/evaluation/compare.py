@@ -131,7 +131,7 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
         return str(shown) if low is None else f"{shown} ({ends[0]} to {ends[1]})"
 
     names = [metric.replace("_", " ") for metric in METRICS]
-    head = ["experiment", "method", *names, f"balanced accuracy minus {rows[0]['method']}", "p", "p (Holm)"]
+    head = ["experiment", "method", *names, f"balanced accuracy minus {rows[0]['name']}", "p", "p (Holm)"]
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in rows:
         cells = [row["name"] + (f" [{row['stamp']}]" if row["stamp"] else ""), row["method"]]
