@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline import distributed
+    from pipeline.models import heads, momentum
 else:
     torch = LazyModule("torch")
     distributed = LazyModule("pipeline.distributed")
+    heads = LazyModule("pipeline.models.heads")
+    momentum = LazyModule("pipeline.models.momentum")
 
-__all__ = ["ClipBatch", "Method", "MethodContext", "MethodParams", "Progress", "StepOutput"]
+__all__ = ["ClipBatch", "Method", "MethodContext", "MethodParams", "MomentumMethod", "Progress", "StepOutput"]
 
 
 class MethodParams(Section):
@@ -147,7 +150,35 @@ class Method:
     def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of `extra_state`."""
 
+    def move_extra_state(self, device: torch.device) -> None:
+        """Put the tensors of `extra_state` on the device of the networks."""
+
     @property
     def backbone(self) -> nn.Module:
         """The trunk to export, with plain torchvision names."""
         return self.networks["backbone"]
+
+
+class MomentumMethod(Method):
+    """A method with a projection head, a slowly moving twin of trunk and head, and a bank of embeddings (MoCo, UCL)."""
+
+    def __init__(self, backbone: nn.Module, params: Any, context: MethodContext, bank_rows: int) -> None:
+        super().__init__(backbone, params, context)
+        self.networks["head"] = heads.projection_mlp(context.feature_dim, params.embedding_dim)
+        self.networks["key_backbone"] = momentum.momentum_copy(self.networks["backbone"])
+        self.networks["key_head"] = momentum.momentum_copy(self.networks["head"])
+        dtype = next(backbone.parameters()).dtype
+        self.bank = momentum.EmbeddingBank(bank_rows, params.embedding_dim, dtype=dtype)
+
+    def before_step(self, progress: Progress) -> None:
+        for part in ("backbone", "head"):
+            momentum.ema_update(self.networks[f"key_{part}"], self.networks[part], self.params.momentum)
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        return {f"bank.{name}": value for name, value in self.bank.state().items()}
+
+    def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.bank.load({name.removeprefix("bank."): value for name, value in state.items()})
+
+    def move_extra_state(self, device: torch.device) -> None:
+        self.bank.to(device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from pipeline.methods.base import ClipBatch, Method, MethodContext, MethodParams, Progress, StepOutput
+from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput
 from pipeline.registry import METHODS, LazyModule
 
 if TYPE_CHECKING:
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
     from pipeline import distributed
     from pipeline import losses
-    from pipeline.models import heads, momentum
 else:
     torch = LazyModule("torch")
     distributed = LazyModule("pipeline.distributed")
     losses = LazyModule("pipeline.losses")
-    heads = LazyModule("pipeline.models.heads")
-    momentum = LazyModule("pipeline.models.momentum")
 
 __all__ = ["MoCo", "MoCoParams"]
 
@@ -44,18 +41,13 @@ class MoCoParams(MethodParams):
 
 
 @METHODS.register("moco")
-class MoCo(Method):
+class MoCo(MomentumMethod):
     """InfoNCE against a queue of momentum keys."""
 
     Params = MoCoParams
 
     def __init__(self, backbone: torch.nn.Module, params: MoCoParams, context: MethodContext) -> None:
-        super().__init__(backbone, params, context)
-        self.networks["head"] = heads.projection_mlp(context.feature_dim, params.embedding_dim)
-        self.networks["key_backbone"] = momentum.momentum_copy(self.networks["backbone"])
-        self.networks["key_head"] = momentum.momentum_copy(self.networks["head"])
-        dtype = next(backbone.parameters()).dtype
-        self.bank = momentum.EmbeddingBank(params.queue_size, params.embedding_dim, dtype=dtype)
+        super().__init__(backbone, params, context, params.queue_size)
         self._chance: float | torch.Tensor = 0.0
 
     @classmethod
@@ -80,16 +72,6 @@ class MoCo(Method):
 
     def chance_loss(self, progress: Progress) -> float | torch.Tensor:
         return self._chance
-
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        return {f"bank.{name}": value for name, value in self.bank.state().items()}
-
-    def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.bank.load({name.removeprefix("bank."): value for name, value in state.items()})
-
-    def before_step(self, progress: Progress) -> None:
-        for part in ("backbone", "head"):
-            momentum.ema_update(self.networks[f"key_{part}"], self.networks[part], self.params.momentum)
 
     def step(self, batch: ClipBatch, progress: Progress) -> StepOutput:
         """Query on the first view, key on the second; the queue takes the keys after the loss (its first step has loss 0)."""

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config import AugmentationParams
 from pipeline.data import clips
-from pipeline.methods.base import ClipBatch, Method, MethodContext, MethodParams, Progress, StepOutput
+from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput
 from pipeline.registry import METHODS, LazyModule
 
 if TYPE_CHECKING:
@@ -24,13 +24,10 @@ if TYPE_CHECKING:
 
     from pipeline import distributed
     from pipeline import losses
-    from pipeline.models import heads, momentum
 else:
     torch = LazyModule("torch")
     distributed = LazyModule("pipeline.distributed")
     losses = LazyModule("pipeline.losses")
-    heads = LazyModule("pipeline.models.heads")
-    momentum = LazyModule("pipeline.models.momentum")
 
 __all__ = ["UCL", "UCLParams"]
 
@@ -107,20 +104,14 @@ class UCLParams(MethodParams):
 
 
 @METHODS.register("ucl")
-class UCL(Method):
+class UCL(MomentumMethod):
     """Anchor and intra-video negatives through the query network, positive through its momentum copy, one bank."""
 
     Params = UCLParams
 
     def __init__(self, backbone: torch.nn.Module, params: UCLParams, context: MethodContext) -> None:
-        super().__init__(backbone, params, context)
-        self.networks["head"] = heads.projection_mlp(context.feature_dim, params.embedding_dim)
-        self.networks["key_backbone"] = momentum.momentum_copy(self.networks["backbone"])
-        self.networks["key_head"] = momentum.momentum_copy(self.networks["head"])
         auto = context.global_batch * params.num_negatives
-        size = auto if params.bank_size == "auto" else params.bank_size
-        dtype = next(backbone.parameters()).dtype
-        self.bank = momentum.EmbeddingBank(size, params.embedding_dim, dtype=dtype)
+        super().__init__(backbone, params, context, auto if params.bank_size == "auto" else params.bank_size)
 
     @classmethod
     def min_frames(cls, params: UCLParams) -> int:
@@ -187,16 +178,6 @@ class UCL(Method):
 
     def chance_loss(self, progress: Progress) -> float:
         return math.log(2 if self.cross_only(progress.epoch) else self.params.num_negatives + 2)
-
-    def extra_state(self) -> dict[str, torch.Tensor]:
-        return {f"bank.{name}": value for name, value in self.bank.state().items()}
-
-    def load_extra_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.bank.load({name.removeprefix("bank."): value for name, value in state.items()})
-
-    def before_step(self, progress: Progress) -> None:
-        for part in ("backbone", "head"):
-            momentum.ema_update(self.networks[f"key_{part}"], self.networks[part], self.params.momentum)
 
     def _embed_positives(self, batch: ClipBatch, progress: Progress) -> torch.Tensor:
         """z+ [B, D]. The anchor's second crop shares the key batch only to reproduce published batch-norm statistics."""

@@ -107,8 +107,7 @@ class Pretraining:
                 raise PipelineError("pretrain.sync_batchnorm: true needs GPUs (torch has no synchronised batch norm on CPUs); set it to false")
             method.networks = nn.SyncBatchNorm.convert_sync_batchnorm(method.networks)
         method.networks.to(self.device, memory_format=torch.channels_last)
-        if hasattr(method, "bank"):
-            method.bank.to(self.device)
+        method.move_extra_state(self.device)
         method.autocast = params.precision == "bfloat16" or (
             params.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
