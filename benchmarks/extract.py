@@ -23,9 +23,9 @@ from pathlib import Path
 import cv2
 
 from pipeline.cli import run_stage
-from pipeline.config import ExtractParams
 from pipeline.data.extract import Task, extract_one
 from pipeline.data.video import Media, find_media
+from pipeline.parameters import ExtractParams
 
 
 def _plain(job: tuple[Media, ExtractParams, Path]) -> int:

@@ -20,10 +20,10 @@ import torch
 import torchvision
 from PIL import __version__ as pillow_version
 
-from pipeline.config import PhantomParams
 from pipeline.data.manifest import Manifest, VideoRow
 from pipeline.data.store import FrameStore, write_video
 from pipeline.data.synthetic import PhantomClip, draw_patients
+from pipeline.parameters import PhantomParams
 
 __all__ = ["Taken", "compare", "make_store", "print_header", "print_load", "print_table", "ratio"]
 

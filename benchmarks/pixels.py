@@ -12,10 +12,10 @@ from harness import compare, make_store, print_table
 from PIL import Image, ImageFilter
 from torchvision import transforms as tv
 
-from pipeline.config import AugmentationParams
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import draw_view, render, resize_frame
+from pipeline.parameters import AugmentationParams
 
 SIZE = 224
 CROP_ONLY = AugmentationParams(crop="random", horizontal_flip=0, jitter=0, blur=0)

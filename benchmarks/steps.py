@@ -13,13 +13,13 @@ import torch
 from harness import Taken, compare, make_store, print_table, ratio
 from reference_step import ReferenceStep
 
-from pipeline.config import OptimizerParams
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.loader import ClipLoader, SamplingPlan
 from pipeline.data.transforms import working_size
 from pipeline.methods.base import ClipBatch, MethodContext, Progress
 from pipeline.methods.ucl import UCL, UCLParams
 from pipeline.models.backbones import build_backbone
+from pipeline.parameters import OptimizerParams
 from pipeline.training.optim import build_optimizer
 
 VIDEOS, BATCH = 32, 8

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from pipeline.config import LaunchParams
 from pipeline.errors import ConfigError, PipelineError, StoppedError
+from pipeline.parameters import LaunchParams
 
 __all__ = ["is_worker", "launch", "process_count", "threads_per_process", "worker_rank"]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.registry import BACKBONES, HEADS, did_you_mean
+from pipeline.methods.base import Setting
+from pipeline.registry import BACKBONES, HEADS, METHODS, did_you_mean
 
-__all__ = ["check_named_files"]
+__all__ = ["check_named_files", "method_problems"]
 
 PHANTOM = "data/phantom"
 """Written by the stage of that name, so it need not exist before."""
@@ -25,6 +26,17 @@ def _source_problem(key: str, path: str) -> str | None:
     what = "is a file, not a folder" if Path(path).exists() else "does not exist"
     hint = "" if Path(path).is_absolute() else " In a queued experiment a relative path must be known to git or DVC; use an absolute one."
     return f"{key}: {path} {what}. Give a folder of videos, stills or frame folders, or {PHANTOM} for the phantom clips.{hint}"
+
+
+def method_problems(config: Config, labelled: dict[str, int] | None = None) -> list[str]:
+    """What the chosen method says against this run; `labelled` counts labelled videos a class, None where not known yet."""
+    pretrain, labels = config.pretrain, labelled
+    if labels is None and config.data.labels == "none" and not config.data.extra_sources:
+        labels = {}
+    setting = Setting(
+        pretrain.backbone, pretrain.image_size, max(1, pretrain.batch_size // pretrain.accumulate), pretrain.scope, labels
+    )
+    return METHODS.get(pretrain.method).problems(config.method_params, setting)
 
 
 def check_named_files(config: Config) -> None:
@@ -51,6 +63,7 @@ def check_named_files(config: Config) -> None:
     init = config.pretrain.init
     if init not in ("random", "imagenet") and not Path(init).is_file():
         lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
+    lines += method_problems(config)
     if lines:
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
         raise ConfigError(f"params.yaml: {count}\n" + "\n".join(f"  {line}" for line in lines))

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 import sample_media as sample
-from pipeline.config import Config, DataParams, ExtractParams, SourceParams
+from pipeline.config import Config
 from pipeline.data import extract as extract_module
 from pipeline.data.extract import Extracted, Task, extract_one, extract_source, extraction_fingerprint
 from pipeline.data.manifest import Manifest, pseudonym
 from pipeline.data.store import FrameStore
 from pipeline.data.video import Media, find_media
 from pipeline.errors import ConfigError, DataError
+from pipeline.parameters import DataParams, ExtractParams, SourceParams
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pipeline import launch as launch_module
-from pipeline.config import LaunchParams
 from pipeline.errors import ConfigError, PipelineError, StoppedError
 from pipeline.launch import is_worker, launch, process_count, threads_per_process
+from pipeline.parameters import LaunchParams
 
 
 def test_process_count__given_or_one_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import DataParams, SourceParams
 from pipeline.data.labels import Label, LabelledMedia, read_labelled_media
 from pipeline.data.manifest import COLUMNS, Manifest, VideoRow, merge_identical, pseudonym
 from pipeline.errors import ConfigError, DataError
+from pipeline.parameters import DataParams, SourceParams
 
 ROW = VideoRow(
     video="0" * 16, source="main", path="a.mp4", sha256="0" * 64, patient="P0123456789", label="x", kind="video",

@@ -11,7 +11,6 @@ import torch
 import torchvision
 from training_kit import CPU, make_method, make_store, toy_loader
 
-from pipeline.config import AugmentationParams
 from pipeline.data.clips import draw_indices
 from pipeline.data.store import FrameStore
 from pipeline.evaluation.features import collapse_statistics
@@ -21,6 +20,7 @@ from pipeline.methods.simclr import SimCLR, SimCLRParams
 from pipeline.methods.ucl import UCL, UCLParams
 from pipeline.models.backbones import build_backbone
 from pipeline.models.momentum import EmbeddingBank
+from pipeline.parameters import AugmentationParams
 from pipeline.registry import METHODS
 
 TRAINED = [name for name in METHODS.names() if METHODS.get(name).trains]

@@ -22,13 +22,13 @@ from training_kit import (
 )
 
 from pipeline import distributed
-from pipeline.config import MonitorParams
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import resize_frame
 from pipeline.errors import CheckpointError, PipelineError, StoppedError
 from pipeline.methods.base import StepOutput
 from pipeline.methods.ucl import UCL
+from pipeline.parameters import MonitorParams
 from pipeline.training import pretrain as pretrain_module
 from pipeline.training.monitor import Monitor, chance_warning, epoch_line
 from pipeline.training.pretrain import initial_backbone

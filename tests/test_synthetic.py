@@ -17,10 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline.config import PhantomParams
 from pipeline.data import synthetic
 from pipeline.data.synthetic import CLASSES, PhantomClip, PhantomRow, draw_patients, write_phantoms
 from pipeline.errors import DataError
+from pipeline.parameters import PhantomParams
 
 TINY = PhantomParams(patients=7, clips_per_patient=2, seconds=0.5, frames_per_second=8, size=48, seed=3)
 MANY = PhantomParams(patients=36, clips_per_patient=2, seconds=1.0, frames_per_second=6, size=80)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from training_kit import CPU, make_store, toy_loader
 
-from pipeline.config import AugmentationParams
 from pipeline.data import transforms
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.loader import epoch_order, sample_generator
@@ -20,6 +19,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.features import evenly_spaced, render_centre
 from pipeline.methods.simclr import SimCLR, SimCLRParams
 from pipeline.methods.ucl import UCL, UCLParams
+from pipeline.parameters import AugmentationParams
 
 VIEWS = {"crop": "resized", "horizontal_flip": 0.5, "jitter": 0.8, "blur": 0.5}
 

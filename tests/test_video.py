@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import sample_media as sample
-from pipeline.config import ExtractParams
 from pipeline.data.video import Facts, Media, MediaReader, content_hash, find_media
 from pipeline.errors import DataError
+from pipeline.parameters import ExtractParams
 
 
 def read(media: Media, table_fps: float | None = None, **params: object) -> tuple[list[np.ndarray], Facts]:

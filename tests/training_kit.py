@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pipeline import distributed
-from pipeline.config import AugmentationParams, Config, load_config
+from pipeline.config import Config, load_config
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.loader import ClipLoader, SamplingPlan
 from pipeline.data.manifest import Manifest, VideoRow
@@ -22,6 +22,7 @@ from pipeline.data.splits import Splits, make_splits
 from pipeline.data.store import FrameStore, write_video
 from pipeline.methods.base import Method, MethodContext
 from pipeline.models.backbones import build_backbone
+from pipeline.parameters import AugmentationParams
 from pipeline.registry import METHODS
 from pipeline.tracking import NullTracker
 from pipeline.training.inputs import PretrainInputs

@@ -1,26 +1,41 @@
 """Which frames of a video make a training sample: anchor, positive, intra-video negatives, and their distance curriculum.
 
 Pure functions of numbers; no pixels, no state. Source: Basu et al., MICCAI 2022 (UCL). Letters: N frames of the video,
-a anchor index, r positive radius, [low, high] distance window as fractions of N. `ClipBatch` is what the loader hands to a
-method.
+a anchor index, r positive radius, [low, high] distance window as fractions of N. `ViewRule` says
+how a role's frames are rendered; `ClipBatch` is what the loader hands to a method.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from pipeline.parameters import AugmentationParams
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ClipBatch", "anchor_interval", "decay_factor", "distance_window", "draw_indices", "negative_candidates", "positive_candidates",
+    "ClipBatch", "ViewRule", "anchor_interval", "decay_factor", "distance_window", "draw_indices", "negative_candidates", "positive_candidates",
 ]
 
 Decay = Literal["cosine", "cosine_compounded", "steps", "none"]
+
+
+@dataclass(frozen=True)
+class ViewRule:
+    """How the frames of one role become views.
+
+    `linked`: all frames of the role in a sample share one random view (the same window, flip and grey levels), so that they
+    stay comparable pixel by pixel.
+    """
+
+    size: int
+    augmentation: AugmentationParams
+    linked: bool = False
 
 
 @dataclass
@@ -29,15 +44,18 @@ class ClipBatch:
 
     frames: role -> float tensor [B, K, 3, H, W], normalised; K views of that role a sample.
     video: int64 [B], one number a video, the same on every process. label: int64 [B], -1 where unlabelled.
+    numbers: name -> float32 tensor [B, K], the random numbers of a sample that `Method.draw` asked for.
     """
 
     frames: dict[str, torch.Tensor]
     video: torch.Tensor
     label: torch.Tensor
+    numbers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: Any) -> ClipBatch:
         """The same batch on another device."""
-        return ClipBatch({role: x.to(device) for role, x in self.frames.items()}, self.video.to(device), self.label.to(device))
+        frames, numbers = ({name: x.to(device) for name, x in part.items()} for part in (self.frames, self.numbers))
+        return ClipBatch(frames, self.video.to(device), self.label.to(device), numbers)
 
 
 def anchor_interval(num_frames: int, anchor_range: tuple[float, float] = (0.2, 0.5)) -> tuple[int, int]:

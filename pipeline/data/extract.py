@@ -27,7 +27,7 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
-from pipeline.config import Config, ExtractParams, fingerprint
+from pipeline.config import Config, fingerprint
 from pipeline.data.contact_sheet import write_contact_sheets
 from pipeline.data.labels import LabelledMedia, read_labelled_media
 from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
@@ -35,6 +35,7 @@ from pipeline.data.store import FrameStore, write_video
 from pipeline.data.video import Facts, Media, MediaReader, content_hash
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import atomic_write, hash_file, read_json, scratch_folder, write_json
+from pipeline.parameters import ExtractParams
 
 __all__ = ["Extracted", "Task", "extract_one", "extract_source", "extraction_fingerprint"]
 

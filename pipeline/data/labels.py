@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import DataParams
 from pipeline.data.video import Media, Survey, find_media
 from pipeline.errors import ConfigError, DataError
+from pipeline.parameters import DataParams
 from pipeline.registry import did_you_mean
 
 __all__ = ["Label", "LabelledMedia", "read_labelled_media"]

@@ -7,8 +7,8 @@ exactly what one would read alone.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import AugmentationParams
-from pipeline.data.clips import ClipBatch
+from pipeline.data.clips import ClipBatch, ViewRule
 from pipeline.data.frames import FrameCache
 from pipeline.data.transforms import draw_view, normalize, render
 from pipeline.errors import DataError, PipelineError
+from pipeline.parameters import AugmentationParams
 
 __all__ = ["ClipLoader", "SamplingPlan", "epoch_order", "sample_generator"]
 
@@ -45,7 +45,7 @@ class SamplingPlan:
     """What is drawn: the method's rule and the sizes of an epoch."""
 
     method: Any
-    """A `pipeline.methods.base.Method` class; only its `draw` is used."""
+    """A `pipeline.methods.base.Method` class; only its `draw` and `views` are used."""
     params: Any
     augmentation: AugmentationParams
     image_size: int
@@ -55,6 +55,11 @@ class SamplingPlan:
     accumulate: int = 1
     samples_per_video: int = 1
     seed: int = 0
+
+    def rules(self) -> Mapping[str, ViewRule]:
+        """How the frames of each role are rendered; a role the method does not name gets its ordinary views."""
+        own = self.method.views(self.params, self.image_size)
+        return defaultdict(lambda: ViewRule(self.image_size, self.augmentation), own)
 
 
 class ClipLoader:
@@ -70,6 +75,7 @@ class ClipLoader:
     ) -> None:
         self.frames, self.labels, self.plan = frames, labels, plan
         self.rank, self.world, self.threads, self.ahead = rank, world, max(1, threads), ahead
+        self.rules = plan.rules()
         self.waited = 0.0
         """Seconds the training loop has waited for data."""
 
@@ -103,16 +109,23 @@ class ClipLoader:
         rng = sample_generator(plan.seed, epoch, self.frames.videos[index].number, int(pair[1]))
         roles = plan.method.draw(plan.params, self.frames.num_frames(index), epoch, plan.epochs, rng)
         for role, numbers in roles.items():
+            if numbers.dtype.kind == "f":
+                out[role][row] = numbers
+                continue
+            rule, view = self.rules[role], None
             for k, number in enumerate(numbers):
                 frame = self.frames.frame(index, int(number))
-                view = draw_view(plan.augmentation, rng, frame.shape[:2], plan.image_size)
-                render(frame, view, plan.image_size, out[role][row, k])
+                if view is None or not rule.linked:
+                    view = draw_view(rule.augmentation, rng, frame.shape[:2], rule.size)
+                render(frame, view, rule.size, out[role][row, k])
 
     def _submit(self, pool: ThreadPoolExecutor, pairs: np.ndarray, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[Future[None]]]:
-        plan, size = self.plan, self.plan.image_size
-        probe = plan.method.draw(plan.params, 100, epoch, plan.epochs, np.random.default_rng(0))
-        shape = (size, size, *self.frames.frame_shape)
-        out = {role: np.empty((len(pairs), len(numbers), *shape), np.uint8) for role, numbers in probe.items()}
+        plan, out = self.plan, {}
+        for role, numbers in plan.method.draw(plan.params, 100, epoch, plan.epochs, np.random.default_rng(0)).items():
+            drawn = numbers.dtype.kind == "f"
+            size = 0 if drawn else self.rules[role].size
+            shape = () if drawn else (size, size, *self.frames.frame_shape)
+            out[role] = np.empty((len(pairs), len(numbers), *shape), np.float32 if drawn else np.uint8)
         return pairs, out, [pool.submit(self._render, pair, epoch, out, row) for row, pair in enumerate(pairs)]
 
     def epoch(self, epoch: int, device: torch.device, first_step: int = 0) -> Iterator[ClipBatch]:
@@ -139,12 +152,15 @@ class ClipLoader:
                 video = self.frames.videos[int(pair[0])].video
                 raise DataError(f"video {video}: no sample could be made of it ({type(error).__name__}: {error})") from error
         self.waited += time.perf_counter() - start
-        frames = {}
+        frames, drawn = {}, {}
         for role, array in out.items():
             tensor = torch.from_numpy(array)
             if device.type == "cuda":
                 tensor = tensor.pin_memory().to(device, non_blocking=True)
-            frames[role] = normalize(tensor, self.plan.augmentation.normalization)
+            if array.dtype == np.uint8:
+                frames[role] = normalize(tensor, self.rules[role].augmentation.normalization)
+            else:
+                drawn[role] = tensor
         numbers = torch.tensor([self.frames.videos[int(v)].number for v in pairs[:, 0]], dtype=torch.int64)
         labels = torch.from_numpy(self.labels[pairs[:, 0]].astype(np.int64))
-        return ClipBatch(frames, numbers.to(device), labels.to(device))
+        return ClipBatch(frames, numbers.to(device), labels.to(device), drawn)

@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.config import PhantomParams
 from pipeline.data.anatomy import CLASSES, FINDINGS, WORLD, World, add_ribs, chest_wall, curve, smooth, speckle_maps
 from pipeline.errors import DataError
 from pipeline.files import atomic_write
+from pipeline.parameters import PhantomParams
 
 __all__ = ["CLASSES", "Appearance", "PhantomClip", "PhantomRow", "draw_patients", "write_phantoms"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from pipeline.config import AugmentationParams
+from pipeline.parameters import AugmentationParams
 from pipeline.registry import LazyModule
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.config import ExtractParams
 from pipeline.errors import DataError
 from pipeline.files import hash_bytes, hash_file
+from pipeline.parameters import ExtractParams
 
 # FFmpeg reads these when a file is opened. Only real containers are allowed: a play list renamed to clip.mp4 would
 # otherwise make it open other files of the machine (probed: an ffconcat text file did).

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import AugmentationParams, Section
-from pipeline.data.clips import ClipBatch
+from pipeline.data.clips import ClipBatch, ViewRule
+from pipeline.parameters import AugmentationParams, Section
 from pipeline.registry import LazyModule
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ else:
     heads = LazyModule("pipeline.models.heads")
     momentum = LazyModule("pipeline.models.momentum")
 
-__all__ = ["ClipBatch", "Method", "MethodContext", "MethodParams", "MomentumMethod", "Progress", "StepOutput"]
+__all__ = ["ClipBatch", "Method", "MethodContext", "MethodParams", "MomentumMethod", "Progress", "Setting", "StepOutput", "ViewRule"]
 
 
 class MethodParams(Section):
@@ -49,6 +49,23 @@ class MethodContext:
     global_batch: int
     """Samples of one optimiser step over all processes."""
     seed: int = 0
+    image_size: int = 224
+    classes: int = 0
+    """Classes of the labels in `ClipBatch.label`; 0 without any."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run offers a method, for `Method.problems`: known from params.yaml alone, or from the videos too."""
+
+    backbone: str
+    """A name of `pipeline.models.catalog`."""
+    image_size: int
+    batch_size: int
+    """Samples of one forward pass over all processes: pretrain.batch_size / pretrain.accumulate."""
+    scope: str
+    labelled: dict[str, int] | None = None
+    """Labelled videos a class that pretraining may see; None where not known yet."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,21 @@ class Method:
 
     @classmethod
     def draw(cls, params: Any, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Frame indices of one sample: role -> int64 [K]. Each index becomes one independently augmented view."""
+        """One sample: role -> int64 [K] frame indices, each of which becomes one augmented view (`views` says how).
+
+        A floating array [K] is no role but random numbers of this sample; they reach `step` in `ClipBatch.numbers`.
+        """
         raise NotImplementedError(f"{cls.__name__} is abstract: a method says which frames it samples")
+
+    @classmethod
+    def views(cls, params: Any, image_size: int) -> dict[str, ViewRule]:
+        """Roles whose views differ from `image_size` and `params.augmentation` (focal crops, shared views)."""
+        return {}
+
+    @classmethod
+    def problems(cls, params: Any, setting: Setting) -> list[str]:
+        """What makes this run impossible, one line each (key, found, allowed): raised before anything is computed."""
+        return []
 
     @classmethod
     def check(cls, params: Any, context: MethodContext, videos: int) -> list[str]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipeline.config import AugmentationParams
 from pipeline.data import clips
 from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput
+from pipeline.parameters import AugmentationParams
 from pipeline.registry import METHODS, LazyModule
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from pipeline.config import FinetuneParams
 from pipeline.data.frames import FrameCache
 from pipeline.data.loader import sample_generator
 from pipeline.data.transforms import draw_view, normalize, render
@@ -23,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.features import evenly_spaced, render_centre
 from pipeline.evaluation.metrics import Scores, classification_metrics, harmonic_mean, malignancy_metrics, select_epoch
 from pipeline.models.classifier import Classifier
+from pipeline.parameters import FinetuneParams
 from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 __all__ = ["FinetuneData", "Finetuning", "Predictions", "class_weights", "subset_by_patient"]

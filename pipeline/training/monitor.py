@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.config import MonitorParams
 from pipeline.data.frames import FrameCache
 from pipeline.errors import PipelineError
 from pipeline.evaluation.features import collapse_statistics, embed_frames, evenly_spaced, neighbor_accuracy
+from pipeline.parameters import MonitorParams
 
 __all__ = ["Monitor", "Throughput", "chance_warning", "epoch_line"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from pipeline.config import OptimizerParams
+from pipeline.parameters import OptimizerParams
 
 __all__ = ["build_optimizer", "learning_rate", "set_learning_rate"]
 

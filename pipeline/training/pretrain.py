@@ -79,18 +79,21 @@ class Pretraining:
         seed_everything(params.seed)
         kind = METHODS.get(params.method)
         augmentation = config.method_params.augmentation
-        frames = FrameCache(
-            inputs.videos, working_size(augmentation, params.image_size), mode=augmentation.resize,
-            budget_mb=params.memory_budget_mb, threads=threads,
-        )
         labels = np.array(inputs.labels, np.int64)
         plan = SamplingPlan(
             kind, config.method_params, augmentation, params.image_size, params.epochs, params.batch_size, params.accumulate,
             params.samples_per_video, params.seed,
         )
+        sizes = [working_size(rule.augmentation, rule.size) for rule in kind.views(config.method_params, params.image_size).values()]
+        frames = FrameCache(
+            inputs.videos, max([working_size(augmentation, params.image_size), *sizes]), mode=augmentation.resize,
+            budget_mb=params.memory_budget_mb, threads=threads,
+        )
         self.loader = ClipLoader(frames, labels, plan, rank=distributed.rank(), world=distributed.world_size(), threads=threads)
         backbone, features, self.init_report = initial_backbone(config)
-        self.context = MethodContext(features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed)
+        self.context = MethodContext(
+            features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed, params.image_size, len(inputs.classes)
+        )
         self.method: Method = kind(backbone, config.method_params, self.context)
         self.monitor = Monitor(params.monitor, frames, labels, inputs.groups, params.image_size)
         self.rows: list[dict[str, Any]] = []
