@@ -46,13 +46,15 @@ def _entries(name: str) -> Iterator[tuple[Requirement, list[str]]]:
 
 
 def _project_requirements() -> list[Requirement]:
-    """The ranges of pyproject.toml, those of the tests included."""
+    """The ranges of pyproject.toml, all optional ones included."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         tomllib = pytest.importorskip("tomli")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]]
+    optional = [text for texts in project["optional-dependencies"].values() for text in texts]
+    found = [Requirement(text) for text in [*project["dependencies"], *optional]]
+    return [requirement for requirement in found if requirement.name != project["name"]]
 
 
 @pytest.mark.parametrize("name", LOCKS)
