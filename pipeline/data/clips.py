@@ -1,8 +1,8 @@
-"""Which frames of a video make a training sample: anchor, positive, intra-video negatives, and their distance curriculum.
+"""Which frames of a video make a training sample: UCL's anchor, positive and negatives, and USCL's interpolated pairs.
 
-Pure functions of numbers; no pixels, no state. Source: Basu et al., MICCAI 2022 (UCL). Letters: N frames of the video,
-a anchor index, r positive radius, [low, high] distance window as fractions of N. `ViewRule` says
-how a role's frames are rendered; `ClipBatch` is what the loader hands to a method.
+Pure functions of numbers and arrays; no state. Sources: Basu et al., MICCAI 2022 (UCL); Chen et al., MICCAI 2021 (USCL).
+Letters: N frames of the video, a anchor index, r positive radius, [low, high] distance window as fractions of N.
+`ViewRule` says how a role's frames are rendered; `ClipBatch` is what the loader hands to a method.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from pipeline.parameters import AugmentationParams
+from pipeline.parameters import AugmentationParams, Section
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ClipBatch", "ViewRule", "anchor_interval", "decay_factor", "distance_window", "draw_indices", "negative_candidates", "positive_candidates",
+    "ClipBatch", "PairParams", "ViewRule", "anchor_interval", "decay_factor", "distance_window", "draw_indices", "draw_pair", "interpolate",
+    "mixed_pair", "negative_candidates", "pair_views", "positive_candidates", "sample_triple", "sample_weights",
 ]
 
 Decay = Literal["cosine", "cosine_compounded", "steps", "none"]
@@ -126,3 +128,110 @@ def distance_window(
 def draw_indices(candidates: np.ndarray, count: int, rng: np.random.Generator, replacement: bool = False) -> np.ndarray:
     """`count` of the candidates, int64. Without replacement where there are enough, else (or on request) with."""
     return rng.choice(candidates, size=count, replace=replacement or len(candidates) < count).astype(np.int64)
+
+
+class PairParams(Section):
+    """Sample-pair generation (USCL, Chen et al., MICCAI 2021; the `meta` variant: Meta-USCL of the same authors).
+
+    A view is weight * boundary + (1 - weight) * anchor, where two boundary frames share one anchor frame.
+    """
+
+    variant: Literal["official", "two_coefficients", "meta"] = "official"
+    """`official`: any three frames in any order, one weight for both views; `two_coefficients`: the same with a weight a view;
+    `meta`: the anchor lies between the two others, a weight a view, and both frames of a view are augmented alike."""
+    alpha: float | None = Field(None, gt=0)
+    """Beta(alpha, beta) of the coefficient; null is the variant's own: 0.5 and 0.5 of the boundary frame, `meta` 3 and 5 of the anchor."""
+    beta: float | None = Field(None, gt=0)
+    min_gap: int = Field(0, ge=0)
+    """Frames between any two of the three are at least this far apart (shrunk where a video is too short for it)."""
+    max_gap: int | None = Field(None, ge=2)
+    """Largest distance of any two of the three frames; null for no limit."""
+    shared_anchor_augmentation: bool = True
+    """Both views mix in one and the same view of the anchor frame, as published; `meta` always makes a view for each."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> PairParams:
+        if (self.alpha is None) != (self.beta is None):
+            raise ValueError("alpha and beta must both be numbers or both be null")
+        if self.max_gap is not None and self.max_gap < 2 * self.min_gap:
+            raise ValueError(f"max_gap ({self.max_gap}) must be at least twice min_gap ({self.min_gap}): three frames must fit into it")
+        return self
+
+
+def sample_triple(params: PairParams, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Frame numbers (boundary 1, boundary 2, anchor) of one sample. int64 [3]; needs at least 3 frames.
+
+    Uniform over all ordered triples of distinct frames that keep the gaps. `meta`: boundary 1 < anchor < boundary 2, the pair
+    of offsets from boundary 1 uniform, then the start uniform.
+    """
+    gap = max(1, min(params.min_gap, (num_frames - 1) // 2))
+    spans = np.arange(2 * gap, min(num_frames - 1, params.max_gap or num_frames) + 1)
+    # A span of s frames leaves s + 1 - 2 gap places for the middle frame and, in the video, num_frames - s starts.
+    chances = (spans + 1 - 2 * gap) * (1 if params.variant == "meta" else num_frames - spans)
+    span = int(rng.choice(spans, p=chances / chances.sum()))
+    start = int(rng.integers(num_frames - span))
+    middle = start + int(rng.integers(gap, span - gap + 1))
+    if params.variant == "meta":
+        return np.array([start, start + span, middle], np.int64)
+    return rng.permutation(np.array([start, middle, start + span], np.int64))
+
+
+def sample_weights(params: PairParams, rng: np.random.Generator) -> np.ndarray:
+    """Weights of the boundary frame in view 1 and view 2, in [0, 1]. float64 [2]."""
+    meta = params.variant == "meta"
+    alpha, beta = (params.alpha, params.beta) if params.alpha and params.beta else (3.0, 5.0) if meta else (0.5, 0.5)
+    drawn = rng.beta(alpha, beta, size=2)
+    if meta:
+        return 1 - drawn
+    return np.full(2, drawn[0]) if params.variant == "official" else drawn
+
+
+def draw_pair(params: PairParams, num_frames: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Everything one interpolated pair needs, for `Method.draw`; `mixed_pair` makes the two views of it.
+
+    Returns:
+        "boundary": int64 [2], the boundary frames of view 1 and 2. "anchor": int64 [1], the frame mixed into both; [2], twice
+        the same frame number, without `shared_anchor_augmentation`. `meta` has instead "first" and "second", int64 [2] each:
+        (boundary, anchor) of view 1 and of view 2, to be rendered alike (`pair_views`). "weight": float64 [2], the share of
+        the boundary frame in view 1 and 2.
+
+        The arrays have these sizes for every video. One of fewer than 3 frames gives weights of 1, so that nothing is
+        mixed: with 2 frames the views are the two frames in random order, with 1 frame it is drawn twice (SimCLR).
+    """
+    if num_frames >= 3:
+        first, second, anchor = sample_triple(params, num_frames, rng)
+        weight = sample_weights(params, rng)
+    else:
+        first, second = rng.permutation(2) % num_frames
+        anchor, weight = second, np.ones(2)
+    if params.variant == "meta":
+        return {"first": np.array([first, anchor], np.int64), "second": np.array([second, anchor], np.int64), "weight": weight}
+    copies = 1 if params.shared_anchor_augmentation else 2
+    return {"boundary": np.array([first, second], np.int64), "anchor": np.full(copies, anchor, np.int64), "weight": weight}
+
+
+def pair_views(params: PairParams, size: int, augmentation: AugmentationParams) -> dict[str, ViewRule]:
+    """View rules of the roles of `draw_pair` that are not ordinary views, for `Method.views`.
+
+    `meta` mixes the images and augments the mixture. Both frames of a view get the same random crop, flip, grey levels and
+    blur here and are mixed afterwards: the same, since these are linear, up to the rounding and clipping to 8 bits.
+    """
+    if params.variant != "meta":
+        return {}
+    return dict.fromkeys(("first", "second"), ViewRule(size, augmentation, linked=True))
+
+
+def interpolate(boundary: torch.Tensor, anchor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight * boundary + (1 - weight) * anchor on normalised images. [B, 3, H, W], [B, 3, H, W], [B] -> [B, 3, H, W]."""
+    share = weight.to(boundary.dtype).view(-1, *[1] * (boundary.ndim - 1))
+    return share * boundary + (1 - share) * anchor
+
+
+def mixed_pair(batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two views of `draw_pair`'s roles, each [B, 3, H, W]."""
+    weight, frames = batch.numbers["weight"], batch.frames
+    if "first" in frames:
+        ends, anchors = ([frames[role][:, k] for role in ("first", "second")] for k in (0, 1))
+    else:
+        ends, anchors = ([frames[role][:, k] for k in (0, -1)] for role in ("boundary", "anchor"))
+    return interpolate(ends[0], anchors[0], weight[:, 0]), interpolate(ends[1], anchors[1], weight[:, 1])
