@@ -39,7 +39,7 @@ class OurStep:
         self.method.networks.to(device, memory_format=torch.channels_last).train()
         self.method.bank.to(device)
         self.method.autocast = bfloat16
-        self.optimizer = build_optimizer(OPTIMIZER, self.method.networks.parameters())
+        self.optimizer = build_optimizer(OPTIMIZER, self.method.networks)
 
     def __call__(self, batch: ClipBatch, epoch: int) -> None:
         progress = Progress(epoch, epoch * (VIDEOS // BATCH))
@@ -54,7 +54,7 @@ class BareStep:
 
     def __init__(self, backbone: str, device: torch.device) -> None:
         self.trunk = build_backbone(backbone)[0].to(device, memory_format=torch.channels_last).train()
-        self.optimizer = build_optimizer(OPTIMIZER, self.trunk.parameters())
+        self.optimizer = build_optimizer(OPTIMIZER, self.trunk)
 
     def __call__(self, batch: ClipBatch, epoch: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -125,14 +125,24 @@ class OptimizerParams(Section):
     lr: float = Field(0.03, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Weight decay at the end, reached by a cosine over all steps; null keeps it constant."""
+    no_decay: list[Literal["bias", "norm", "one_dimensional", "token"]] = Field(default_factory=list)
+    """Weights without decay: biases, weights of norm layers, all that are vectors (both of these), class token and positions."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Gradients of all weights together are shrunk to this norm; 0 for never."""
     schedule: Literal["cosine", "constant"] = "cosine"
     schedule_epochs: int | None = Field(None, ge=1)
     """Period of the cosine; null means the number of epochs, so that it ends with training."""
     constant_epochs: int = Field(0, ge=0)
     """Epochs at full learning rate before the cosine begins."""
     min_lr: float = Field(0.0, ge=0)
-    warmup_epochs: int = Field(0, ge=0)
-    """Epochs of linear warm-up from lr / (warmup_epochs + 1)."""
+    warmup_epochs: float = Field(0, ge=0)
+    """Epochs of linear warm-up."""
+    warmup_lr: float | None = Field(None, ge=0)
+    """Where the warm-up starts; null is lr / (warmup_epochs + 1). With a number, schedules are counted in steps from 1 (MSN)."""
+    stretch: float = Field(1.0, ge=1)
+    """Schedules are laid out for this many times the epochs, so that training ends before they do (MSN: 1.25)."""
     per_epoch: bool = False
     """Change the rate once an epoch (as the published recipes do) instead of every step."""
 

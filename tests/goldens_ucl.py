@@ -242,7 +242,7 @@ def replay_trajectory(rank: int, case: Case, settings: dict[str, Any]) -> None:
     module: nn.Module = StepModule(method)
     if world > 1:
         module = nn.parallel.DistributedDataParallel(module)
-    optimizer = build_optimizer(OptimizerParams(lr=settings["lr"]), method.networks.parameters())
+    optimizer = build_optimizer(OptimizerParams(lr=settings["lr"]), method.networks)
     seen: list[torch.Tensor] = []
     plain = method.logits
     method.logits = lambda batch, progress: (seen.append((out := plain(batch, progress))[0].detach()), out)[1]  # type: ignore[method-assign]

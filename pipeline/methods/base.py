@@ -51,7 +51,7 @@ class MethodContext:
     seed: int = 0
     image_size: int = 224
     classes: int = 0
-    """Classes of the labels in `ClipBatch.label`; 0 without any."""
+    """Classes of the labels in `ClipBatch.label`; 0 where the method reads none (`Method.label_share`)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Setting:
     """Samples of one forward pass over all processes: pretrain.batch_size / pretrain.accumulate."""
     scope: str
     labelled: dict[str, int] | None = None
-    """Labelled videos a class that pretraining may see; None where not known yet."""
+    """Labelled videos a class that pretraining may see (classes without any too); None where not known yet."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ class Method:
     trains: ClassVar[bool] = True
     """False for the baselines that only export an initialisation."""
 
+    exempt: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of parameter names in `networks` that are neither decayed nor clipped (prototypes of MSN)."""
+
     autocast: bool = False
     """Set by the loop: run the networks in bfloat16."""
     networks: nn.ModuleDict
@@ -104,6 +107,11 @@ class Method:
     def min_frames(cls, params: Any) -> int:
         """Shortest video, in frames, that this method can sample from."""
         return 1
+
+    @classmethod
+    def label_share(cls, params: Any) -> float:
+        """Share of the labelled videos whose class this method reads in `ClipBatch.label`; 0 for a self-supervised method."""
+        return 0.0
 
     @classmethod
     def draw(cls, params: Any, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from pipeline.evaluation.features import evenly_spaced, render_centre
 from pipeline.evaluation.metrics import Scores, classification_metrics, harmonic_mean, malignancy_metrics, select_epoch
 from pipeline.models.classifier import Classifier
 from pipeline.parameters import FinetuneParams
-from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
+from pipeline.training.optim import apply_schedule, build_optimizer, clip_gradients
 
 __all__ = ["FinetuneData", "Finetuning", "Predictions", "class_weights", "subset_by_patient"]
 
@@ -90,7 +90,7 @@ class Finetuning:
         self.frozen, self.live = network.split() if self.cached else (torch.nn.Identity(), network)
         self.weights = class_weights(data.labels[data.train], len(data.classes), params.class_weights)
         self.weights = None if self.weights is None else self.weights.to(device)
-        self.optimizer = build_optimizer(params.optimizer, network.parameters())
+        self.optimizer = build_optimizer(params.optimizer, network)
         self.rows: list[dict[str, Any]] = []
         self.selected_epoch = 0
         self._inputs: dict[str, tuple[list[tuple[int, int]], torch.Tensor]] = {}
@@ -160,12 +160,12 @@ class Finetuning:
             batches[-2:] = [torch.cat(batches[-2:])]
         total, right, rate = 0.0, 0, params.optimizer.lr
         for number, rows in enumerate(batches):
-            rate = learning_rate(params.optimizer, params.epochs, epoch + number / len(batches))
-            set_learning_rate(self.optimizer, rate)
+            rate = apply_schedule(self.optimizer, params.optimizer, params.epochs, epoch + number / len(batches), len(batches))
             logits = self._logits(inputs[rows.to(inputs.device)])
             loss = F.cross_entropy(logits, labels[rows], weight=self.weights)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            clip_gradients(self.optimizer, params.optimizer)
             self.optimizer.step()
             total += float(loss.detach()) * len(rows)
             right += int((logits.argmax(1) == labels[rows]).sum())

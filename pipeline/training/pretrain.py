@@ -34,7 +34,7 @@ from pipeline.registry import METHODS
 from pipeline.reproducibility import collect_rng_states, restore_rng_state, seed_everything
 from pipeline.training.inputs import PretrainInputs
 from pipeline.training.monitor import Monitor, Throughput, chance_warning, epoch_line
-from pipeline.training.optim import build_optimizer, learning_rate, set_learning_rate
+from pipeline.training.optim import apply_schedule, build_optimizer, clip_gradients
 
 __all__ = ["Pretraining", "StepModule", "initial_backbone"]
 
@@ -89,10 +89,13 @@ class Pretraining:
             inputs.videos, max([working_size(augmentation, params.image_size), *sizes]), mode=augmentation.resize,
             budget_mb=params.memory_budget_mb, threads=threads,
         )
-        self.loader = ClipLoader(frames, labels, plan, rank=distributed.rank(), world=distributed.world_size(), threads=threads)
+        self.loader = ClipLoader(
+            frames, np.array(inputs.targets, np.int64), plan, rank=distributed.rank(), world=distributed.world_size(), threads=threads
+        )
         backbone, features, self.init_report = initial_backbone(config)
         self.context = MethodContext(
-            features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed, params.image_size, len(inputs.classes)
+            features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed, params.image_size,
+            len(inputs.target_classes),
         )
         self.method: Method = kind(backbone, config.method_params, self.context)
         self.monitor = Monitor(params.monitor, frames, labels, inputs.groups, params.image_size)
@@ -117,7 +120,7 @@ class Pretraining:
         if params.compile:
             method.networks["backbone"].compile()
         method.networks.train()
-        self.optimizer = build_optimizer(params.optimizer, method.networks.parameters())
+        self.optimizer = build_optimizer(params.optimizer, method.networks, method.exempt)
         self.step_module: nn.Module = StepModule(method)
         if distributed.world_size() > 1:
             self.step_module = DistributedDataParallel(
@@ -238,8 +241,7 @@ class Pretraining:
         batches = self.loader.epoch(self.epoch, self.device, self.step_in_epoch)
         while self.step_in_epoch < steps:
             progress = Progress(self.epoch, self.epoch * steps + self.step_in_epoch)
-            rate = learning_rate(params.optimizer, params.epochs, self.epoch + self.step_in_epoch / steps)
-            set_learning_rate(self.optimizer, rate)
+            rate = apply_schedule(self.optimizer, params.optimizer, params.epochs, self.epoch + self.step_in_epoch / steps, steps)
             self.method.before_step(progress)
             self.optimizer.zero_grad(set_to_none=True)
             for micro in range(params.accumulate):
@@ -253,8 +255,11 @@ class Pretraining:
                 self._add("loss", loss, params.accumulate)
                 for name, value in metrics.items():
                     self._add(name, value, params.accumulate)
+            norm = clip_gradients(self.optimizer, params.optimizer)
             self.optimizer.step()
             self.step_in_epoch += 1
+            if norm is not None:
+                self._add("gradient_norm", norm, 1)
             self._add("learning_rate", rate, 1)
             self._add("chance_loss", self.method.chance_loss(progress), 1)
             bar.update()
@@ -329,7 +334,7 @@ class Pretraining:
             "image_size": params.image_size, "normalization": self.config.method_params.augmentation.normalization,
             "epochs": params.epochs if self.method.trains else 0, "steps": self.epoch * self.context.steps_per_epoch,
             "seed": params.seed, "scope": params.scope, "transductive": params.scope == "all",
-            "videos": len(inputs.videos), "frames": sum(ref.row.frames for ref in inputs.videos),
+            "videos": len(inputs.videos), "labelled_videos": inputs.target_counts(), "frames": sum(ref.row.frames for ref in inputs.videos),
             "too_short": inputs.left_out, "groups": sorted(set(inputs.groups)), "world_size": distributed.world_size(),
             "device": self.device.type, "torch": torch.__version__, "seconds": round(self.seconds(), 1),
             "parameters": self.config.method_params.model_dump(mode="json"), "final": last,
