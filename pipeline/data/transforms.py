@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-__all__ = ["View", "draw_view", "evaluation_view", "normalize", "render", "resize_frame", "working_size"]
+__all__ = ["STATISTICS", "View", "draw_view", "evaluation_view", "normalize", "render", "resize_frame", "working_size"]
 
-_STATISTICS = {
+STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "uscl": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
 }
@@ -136,7 +136,7 @@ def normalize(images: torch.Tensor, statistics: str = "imagenet", dtype: torch.d
 
     `imagenet`: (x / 255 - mean) / std per channel; `uscl`: (x / 255 - 0.5) / 0.25.
     """
-    mean, std = _STATISTICS[statistics]
+    mean, std = STATISTICS[statistics]
     dtype = dtype or torch.float32
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=images.device).view(3, 1, 1)
     offsets = [-m / s for m, s in zip(mean, std, strict=True)]
