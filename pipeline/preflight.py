@@ -6,12 +6,12 @@ sentence at once, and not with DVC's "No such file" behind an hour of other stag
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Setting
+from pipeline.models.catalog import describe, size_problem, trainable_problem
 from pipeline.registry import BACKBONES, HEADS, METHODS, did_you_mean
 
 __all__ = ["check_named_files", "method_problems"]
@@ -28,15 +28,23 @@ def _source_problem(key: str, path: str) -> str | None:
     return f"{key}: {path} {what}. Give a folder of videos, stills or frame folders, or {PHANTOM} for the phantom clips.{hint}"
 
 
-def method_problems(config: Config, labelled: dict[str, int] | None = None) -> list[str]:
-    """What the chosen method says against this run; `labelled` counts labelled videos a class, None where not known yet."""
-    pretrain, labels = config.pretrain, labelled
-    if labels is None and config.data.labels == "none" and not config.data.extra_sources:
-        labels = {}
-    setting = Setting(
-        pretrain.backbone, pretrain.image_size, max(1, pretrain.batch_size // pretrain.accumulate), pretrain.scope, labels
-    )
-    return METHODS.get(pretrain.method).problems(config.method_params, setting)
+def method_problems(config: Config) -> list[str]:
+    """What the chosen method says against this run, as far as params.yaml tells (the videos are looked at by the stage)."""
+    pretrain = config.pretrain
+    tables = {"main": "none" if pretrain.scope == "all" else config.data.labels}
+    tables |= {name: source.labels for name, source in config.data.extra_sources.items()}
+    labels: dict[str, int] | None = {} if all(tables.get(source) == "none" for source in pretrain.sources) else None
+    return METHODS.get(pretrain.method).problems(config.method_params, Setting.of(config, labels))
+
+
+def _backbone_problems(config: Config) -> list[str]:
+    """Sizes that the patches do not divide, and a part to train that the network does not have."""
+    info = describe(config.pretrain.backbone)
+    rules = METHODS.get(config.pretrain.method).views(config.method_params, config.pretrain.image_size)
+    sizes = {"pretrain.image_size": config.pretrain.image_size}
+    sizes |= {f"methods.{config.pretrain.method}: views of {role}": rule.size for role, rule in rules.items()}
+    lines = [size_problem(info, size, key) for key, size in sizes.items()]
+    return [line for line in (*lines, trainable_problem(info, config.finetune.trainable)) if line]
 
 
 def check_named_files(config: Config) -> None:
@@ -50,16 +58,13 @@ def check_named_files(config: Config) -> None:
     lines = [line for key, path in sources.items() if (line := _source_problem(key, path))]
     if config.split.file is not None and not Path(config.split.file).is_file():
         lines.append(f"split.file: {config.split.file} does not exist. Give a JSON file of folds, or null for folds drawn here.")
-    for registry, name in ((BACKBONES, config.pretrain.backbone), (HEADS, config.finetune.head)):
-        known = registry.declared()
+    for registry, known, name in (
+        (BACKBONES, BACKBONES.names(), config.pretrain.backbone), (HEADS, HEADS.declared(), config.finetune.head),
+    ):
         if name not in known:
             lines.append(f"{registry.key}: unknown {registry.kind} '{name}'. Allowed: {', '.join(known)}.{did_you_mean(name, known)}")
-    words = ("linear", "last_block", "all")
-    if config.finetune.trainable not in words and not re.match(r"(conv1|bn1|layer[1-4])(\.|$)", config.finetune.trainable):
-        lines.append(
-            f"finetune.trainable: '{config.finetune.trainable}' is no part of a network. Allowed: {', '.join(words)}, or the beginning of "
-            f"parameter names such as layer4.1.{did_you_mean(config.finetune.trainable, words)}"
-        )
+    if config.pretrain.backbone in BACKBONES.names():
+        lines += _backbone_problems(config)
     init = config.pretrain.init
     if init not in ("random", "imagenet") and not Path(init).is_file():
         lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")

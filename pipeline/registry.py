@@ -92,5 +92,5 @@ class Registry(Generic[T]):
 
 
 METHODS: Registry[Any] = Registry("method", "pretrain.method", "pipeline.methods")
-BACKBONES: Registry[Any] = Registry("backbone", "pretrain.backbone", "pipeline.models.backbones")
+BACKBONES: Registry[Any] = Registry("backbone", "pretrain.backbone", "pipeline.models.catalog")
 HEADS: Registry[Any] = Registry("head", "finetune.head", "pipeline.models.heads")

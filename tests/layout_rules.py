@@ -27,10 +27,12 @@ ORDER = """
     reproducibility
     checkpoint
     launch
+    models.catalog
     tracking_context tracking_journal
     tracking_store
     tracking_courier
     tracking
+    data.dicom
     data.video data.manifest
     data.store data.labels
     data.contact_sheet
@@ -43,7 +45,9 @@ ORDER = """
     data.clips data.transforms
     data.frames
     data.loader
-    losses models.heads models.momentum models.backbones
+    losses models.heads models.momentum
+    models.vit models.lora
+    models.backbones
     models.classifier
     evaluation.metrics evaluation.plots evaluation.features
     evaluation.statistics evaluation.predictions

@@ -108,8 +108,8 @@ def test_classifier__unknown_prefix_names_the_allowed() -> None:
     with pytest.raises(ConfigError) as refused:
         make_network("layer9")
     assert str(refused.value) == (
-        "finetune.trainable: no parameter of resnet10 begins with 'layer9'. Allowed: linear, last_block, all, or "
-        "a prefix such as layer2.0, layer3.0, layer4.0."
+        "finetune.trainable: 'layer9' is no part of resnet10. Allowed: linear, last_block, all, lora, or the beginning of "
+        "parameter names such as layer2.0, layer3.0, layer4.0. Did you mean 'layer4.0'?"
     )
     with pytest.raises(
         ConfigError, match=r"finetune\.head: unknown head 'linaer'\. Allowed: linear, mlp\. Did you mean 'linear'\?"

@@ -56,7 +56,17 @@ def test_check_stage__mistyped_method_ends_with_the_nearest_name(tmp_path: Path)
         ({"pretrain": {"backbone": "resnet12"}}, r"pretrain.backbone: unknown backbone 'resnet12'. Allowed: resnet10, .*Did you mean"),
         ({"finetune": {"head": "liner"}}, r"finetune.head: unknown head 'liner'. Allowed: linear, mlp. Did you mean 'linear'"),
         ({"finetune": {"trainable": "lastblock"}}, r"finetune.trainable: 'lastblock' .* Did you mean 'last_block'"),
-        ({"finetune": {"trainable": "layer9"}}, r"finetune.trainable: 'layer9' is no part"),
+        ({"finetune": {"trainable": "layer9"}}, r"finetune.trainable: 'layer9' is no part of resnet18"),
+        ({"finetune": {"trainable": "layer4.3"}}, r"'layer4.3' is no part of resnet18. Allowed: .* layer3.1, layer4.0, layer4.1."),
+        ({"finetune": {"trainable": "lora"}}, r"finetune.trainable: lora adapts .* pretrain.backbone is resnet18"),
+        (
+            {"pretrain": {"backbone": "vit_small", "image_size": 112}, "finetune": {"trainable": "blocks.12"}},
+            r"params.yaml: 1 problem\n  finetune.trainable: 'blocks.12' is no part of vit_small. Allowed: .* blocks.11, norm. Did you mean",
+        ),
+        (
+            {"pretrain": {"backbone": "vit_tiny", "image_size": 120}},
+            r"pretrain.image_size: 120 pixels are not divisible by the patches of vit_tiny \(16 pixels\). Use 112 or 128.",
+        ),
     ],
 )
 def test_preflight__names_of_network_parts_without_torch(section: dict[str, Any], text: str) -> None:
@@ -64,7 +74,12 @@ def test_preflight__names_of_network_parts_without_torch(section: dict[str, Any]
         check_named_files(config(**section))
 
 
-def test_declared_names__are_those_that_register() -> None:
-    from pipeline.registry import BACKBONES, HEADS
+@pytest.mark.parametrize("trainable", ["linear", "lora", "last_block", "norm", "blocks.11", "blocks.3.", "blocks", "patch_embed.proj"])
+def test_preflight__parts_of_a_vision_transformer(trainable: str) -> None:
+    check_named_files(config(pretrain={"backbone": "vit_tiny", "image_size": 64}, finetune={"trainable": trainable}))
 
-    assert BACKBONES.declared() == BACKBONES.names() and HEADS.declared() == HEADS.names()
+
+def test_declared_names__are_those_that_register() -> None:
+    from pipeline.registry import HEADS
+
+    assert HEADS.declared() == HEADS.names()

@@ -5,11 +5,15 @@ When the first layers are frozen their outputs never change, so they can be comp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.backbones import last_block_prefix
+from pipeline.models.catalog import describe, last_block, levels_problem, trainable_problem, within
+from pipeline.models.levels import stage_channels, stage_maps
+from pipeline.models.lora import add_lora
 from pipeline.registry import HEADS
 
 __all__ = ["Classifier"]
@@ -19,52 +23,69 @@ class Classifier(nn.Module):
     """Images [B, 3, H, W] -> logits [B, C].
 
     Args:
-        backbone: trunk with torchvision names and `fc` an identity. trainable: `linear` (head only), `last_block`, `all`,
-            or a parameter-name prefix. batchnorm: `frozen` keeps running statistics of frozen layers as they are; `train`
-            lets them follow the batches, as the published lung recipe does; `official_eval_after_first_epoch` reproduces the
-            published gallbladder program, which never returns to training mode after its first validation.
+        backbone: trunk of the catalog, its classifier an identity. trainable: `linear` (head only), `last_block`, `all`,
+            `lora` (adapters of rank `lora_rank` and the head; transformers only), or the name of a part. batchnorm: `frozen`
+            keeps running statistics of frozen layers as they are; `train` lets them follow the batches, as the published
+            lung recipe does; `official_eval_after_first_epoch` reproduces the published gallbladder program, which never
+            returns to training mode after its first validation. image_size, extras (what pretraining left beside the trunk,
+            None without pretraining): read by heads that take several levels of features.
     """
 
-    def __init__(self, backbone: nn.Module, name: str, features: int, classes: int, *, head: str, trainable: str, batchnorm: str) -> None:
+    def __init__(
+        self, backbone: nn.Module, name: str, features: int, classes: int, *, head: str, trainable: str, batchnorm: str,
+        lora_rank: int = 8, lora_alpha: float = 16.0, image_size: int = 224, extras: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = HEADS.get(head)(features, classes)
+        self.backbone, self.info = backbone, describe(name)
+        kind = HEADS.get(head)
+        self.takes_levels: bool = getattr(kind, "takes_levels", False)
+        if self.takes_levels and (line := levels_problem(self.info, f"finetune.head: {head}")):
+            raise ConfigError(line)
+        self.head = kind(stage_channels(backbone), classes, image_size, extras) if self.takes_levels else kind(features, classes)
         self.batchnorm = batchnorm
-        prefix = {"linear": None, "last_block": last_block_prefix(name), "all": ""}.get(trainable, trainable)
-        named = dict(backbone.named_parameters())
-        chosen = [n for n in named if prefix is not None and n.startswith(prefix)]
-        if trainable not in ("linear", "all", "last_block") and not chosen:
-            blocks = sorted({".".join(n.split(".")[:2]) for n in named if n.startswith("layer")})
-            raise ConfigError(
-                f"finetune.trainable: no parameter of {name} begins with '{trainable}'. Allowed: linear, last_block, all, or a prefix "
-                f"such as {', '.join(blocks[-3:])}."
-            )
-        for parameter_name, parameter in named.items():
-            parameter.requires_grad_(parameter_name in chosen)
-        self.trained_names = chosen
+        if line := trainable_problem(self.info, trainable):
+            raise ConfigError(line)
+        if trainable == "lora":
+            self.trained_names = add_lora(backbone, lora_rank, lora_alpha)
+            return
+        parts = {"linear": (), "last_block": last_block(self.info), "all": ("",)}.get(trainable, (trainable,))
+        self.trained_names = [n for n, _ in backbone.named_parameters() if any(within(n, part) for part in parts)]
+        if not self.trained_names and trainable != "linear":
+            raise ConfigError(f"finetune.trainable: no parameter of {name} begins with '{trainable}'. Allowed: linear, last_block, all, lora.")
+        for parameter_name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(parameter_name in self.trained_names)
 
     def stages(self) -> list[tuple[str, nn.Module]]:
         """The trunk as a sequence of (name, module), ending with pooling."""
         b = self.backbone
+        if self.info.family == "vit":
+            from pipeline.models.vit import vit_stages
+
+            return vit_stages(b)
         blocks = [(f"layer{i}.{j}", block) for i in range(1, 5) for j, block in enumerate(getattr(b, f"layer{i}"))]
         stem = nn.Sequential(b.conv1, b.bn1, b.relu, b.maxpool)
         return [("conv1", stem), *blocks, ("pool", nn.Sequential(b.avgpool, nn.Flatten(1)))]
 
+    def _cut(self) -> int:
+        """Number of first stages without anything that trains."""
+        live = (i for i, (_, module) in enumerate(self.stages()) if any(p.requires_grad for p in module.parameters()))
+        return next(live, len(self.stages()))
+
     def split(self) -> tuple[nn.Module, nn.Module]:
         """(frozen, live): images -> constants, constants -> logits. The cut is before the first stage that trains."""
-        stages = self.stages()
-
-        def trains(module: nn.Module) -> bool:
-            return any(p.requires_grad for p in module.parameters())
-
-        cut = next((i for i, (_, module) in enumerate(stages) if trains(module)), len(stages))
-        frozen = nn.Sequential(*[module for _, module in stages[:cut]])
-        return frozen, nn.Sequential(*[module for _, module in stages[cut:]], self.head)
+        stages = [module for _, module in self.stages()]
+        cut = self._cut()
+        return nn.Sequential(*stages[:cut]), nn.Sequential(*stages[cut:], self.head)
 
     @property
     def cacheable(self) -> bool:
         """True when some first layers are constants: frozen weights and frozen batch-norm statistics."""
-        return self.batchnorm == "frozen" and "conv1.weight" not in self.trained_names
+        if self.takes_levels:
+            return False  # maps of four stages are kept, and they are many times larger than the images
+        if self.info.family == "vit":
+            # The tokens of the first stage alone are larger than the images and cost nothing to compute.
+            return self._cut() > 1
+        return self.batchnorm == "frozen" and self._cut() > 0
 
     def training_mode(self, epoch: int) -> None:
         """Set the modes of one training epoch (0-based)."""
@@ -79,4 +100,4 @@ class Classifier(nn.Module):
                 module.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.backbone(images))
+        return self.head(stage_maps(self.backbone, images) if self.takes_levels else self.backbone(images))

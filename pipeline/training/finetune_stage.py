@@ -24,7 +24,7 @@ from pipeline.training.inputs import code_digest, frames_folder
 __all__ = ["run_finetune_stage"]
 
 OPTIMISTIC = "optimistic (selected on test)"
-RESULT_FILES = ("predictions.csv", "card.json", "curves.csv", "model.safetensors")
+RESULT_FILES = ("predictions.csv", "features.npz", "card.json", "curves.csv", "model.safetensors")
 
 
 def _parts(config: Config, splits: Splits, fold: Fold) -> dict[str, list[str]]:
@@ -67,6 +67,7 @@ def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: di
     """Everything that determines the predictions; for `random` that is independent of pretraining."""
     code = code_digest(
         "training/finetune.py", "training/finetune_stage.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
+        "models/catalog.py", "models/vit.py", "models/lora.py",
         "models/heads.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
         "evaluation/metrics.py",
     )
@@ -135,6 +136,7 @@ def _finetune(
 
     from pipeline.checkpoint import load_trunk, read_state_dict, save_tensors
     from pipeline.distributed import pick_device
+    from pipeline.evaluation.features import write_features
     from pipeline.models.backbones import build_backbone
     from pipeline.models.classifier import Classifier
     from pipeline.reproducibility import configure_torch, seed_everything
@@ -163,9 +165,14 @@ def _finetune(
         for part in ("train", "validation")
     )
     data = FinetuneData(frames, labels, groups, splits.classes, train, validation, [index[v] for v in parts["test"]])
-    backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed)
+    backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed, size)
     if weights:
         load_trunk(backbone, read_state_dict(Path(weights), "models/encoders"), weights, "models/encoders")
+    # Before the network changes: the report's map and neighbours show what the encoder itself sees.
+    write_features(
+        folder / "features.npz", backbone.to(device), frames, range(len(refs)), size=size, device=device,
+        normalization=params.augmentation.normalization,
+    )
     network = Classifier(
         backbone, config.pretrain.backbone, features, len(splits.classes), head=params.head, trainable=params.trainable,
         batchnorm=params.batchnorm,

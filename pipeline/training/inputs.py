@@ -5,9 +5,12 @@ No torch here: a stage that finds its result finished must not wait for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.config import Config, fingerprint
 from pipeline.data.frames import VideoRef, gather_videos
@@ -39,32 +42,63 @@ class PretrainInputs:
     groups: list[str]
     """Patient (or other group) of each video."""
     labels: list[int]
-    """Class number of each video, -1 where unlabelled; used by the live monitor and by semi-supervised methods only."""
+    """Class number of each video, -1 where unlabelled; used by the live monitor only."""
     classes: list[str]
+    targets: list[int]
+    """Class number of each video for a semi-supervised method, -1 where it must not know it."""
+    target_classes: list[str]
+    """Classes of `targets`: those of the main source first; empty where the method reads no labels."""
     left_out: list[str]
     """Ids of videos that are too short for the method."""
     fingerprint: str
 
+    def target_counts(self) -> dict[str, int]:
+        """Labelled videos of each class that pretraining uses."""
+        return {name: self.targets.count(number) for number, name in enumerate(self.target_classes)}
 
-def _pretrain_fingerprint(config: Config, videos: Sequence[VideoRef]) -> str:
+
+def _pretrain_fingerprint(config: Config, videos: Sequence[VideoRef], targets: Sequence[str]) -> str:
     """Everything that determines the encoder; not the fold number, so that folds which see the same videos share it."""
     pretrain = config.pretrain.model_dump(mode="json", exclude={"scope", "sources", "monitor", "memory_budget_mb", "checkpoint_seconds"})
     extract = config.extract.model_dump(mode="json", exclude={"workers", "on_error"})
     code = code_digest(
-        f"methods/{config.pretrain.method}.py", "methods/base.py", "losses.py", "models/backbones.py", "models/heads.py",
+        f"methods/{config.pretrain.method}.py", "methods/base.py", "losses.py", "models/catalog.py", "models/backbones.py", "models/vit.py", "models/heads.py",
         "models/momentum.py", "data/clips.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py",
         "distributed.py", "training/optim.py", "training/pretrain.py",
     )
     weights = hash_file(Path(config.pretrain.init)) if Path(config.pretrain.init).is_file() else config.pretrain.init
     content = [(ref.row.video, ref.row.frames, ref.row.sha256) for ref in videos]
-    return fingerprint(pretrain, config.method_params, extract, config.launch.device, code, weights, content)
+    return fingerprint(pretrain, config.method_params, extract, config.launch.device, code, weights, content, targets)
+
+
+def _permitted_labels(splits: Splits, fold: int | None, videos: Sequence[VideoRef]) -> list[str]:
+    """Label of each video that pretraining may know, empty where none.
+
+    Main source: labels of the fold's training videos, none without a fold. Further sources: what their tables say, but never
+    of a patient whose main videos are tested with this encoder (without a fold these are all of them).
+    """
+    training = set() if fold is None else set(splits.fold(fold).train)
+    tested = set(splits.labels) - training
+    closed = set(splits.groups_of(tested))
+    main = {*splits.labels, *splits.unlabelled}
+    own = {video: splits.labels[video] for video in training}
+    return [
+        own.get(ref.video, "") if ref.video in main else "" if splits.groups[ref.video] in closed else ref.row.label for ref in videos
+    ]
+
+
+def _drawn_share(labels: Sequence[str], share: float, seed: int) -> list[str]:
+    """`labels` with ceil(share * n) of the n given ones kept, drawn by the seed, and the others empty."""
+    given = [i for i, label in enumerate(labels) if label]
+    kept = set(np.random.default_rng(seed).permutation(given)[: math.ceil(share * len(given))].tolist())
+    return [label if i in kept else "" for i, label in enumerate(labels)]
 
 
 def open_pretrain_inputs(config: Config, splits: Splits, fold: int) -> PretrainInputs:
     """Collect the videos of all pretraining sources that the encoder of this fold may see.
 
     With `pretrain.scope: fold` these exclude every video of the fold's test patients (in every source); with `all` nothing is
-    excluded, and no label is passed on, so that not even a monitor looks at test labels.
+    excluded, and no label of the main source is passed on, so that not even a monitor looks at test labels.
 
     Raises:
         DataError: nothing is left, with counts of what was left out and why.
@@ -87,11 +121,17 @@ def open_pretrain_inputs(config: Config, splits: Splits, fold: int) -> PretrainI
         )
     number = {name: i for i, name in enumerate(splits.classes)}
     known = splits.labels if inside is not None else {}
+    share = method.label_share(params)
+    permitted = _permitted_labels(splits, inside, kept) if share else [""] * len(kept)
+    target_classes = sorted({*permitted} - {""}, key=lambda name: (number.get(name, len(number)), name))
+    chosen = _drawn_share(permitted, share, config.pretrain.seed)
     return PretrainInputs(
         kept,
         [splits.groups[ref.video] for ref in kept],
         [number.get(known.get(ref.video, ""), -1) for ref in kept],
         splits.classes,
+        [target_classes.index(label) if label else -1 for label in chosen],
+        target_classes,
         short,
-        _pretrain_fingerprint(config, kept),
+        _pretrain_fingerprint(config, kept, chosen if share else []),
     )

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.checkpoint import KeyReport, export_encoder, latest_checkpoint, load_trunk, read_state_dict, save_checkpoint
+from pipeline.checkpoint import KeyReport, export_encoder, latest_checkpoint, load_trunk, read_state_dict, save_checkpoint, save_tensors
 from pipeline.config import Config
 from pipeline.data.frames import FrameCache
 from pipeline.data.loader import ClipLoader, SamplingPlan
@@ -41,7 +41,7 @@ __all__ = ["Pretraining", "StepModule", "initial_backbone"]
 
 def initial_backbone(config: Config) -> tuple[nn.Module, int, KeyReport | None]:
     """The trunk before pretraining, as `pretrain.init` says, with its feature size and what was loaded."""
-    backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed)
+    backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed, config.pretrain.image_size)
     if config.pretrain.init == "random":
         return backbone, features, None
     if config.pretrain.init == "imagenet":
@@ -323,7 +323,7 @@ class Pretraining:
     # --- result ------------------------------------------------------------------------------------------------------
 
     def export(self, folder: Path) -> None:
-        """Write encoder.safetensors, card.json and curves.csv into `folder` (first process)."""
+        """Write encoder.safetensors, card.json, curves.csv and, where the method has any, extras.safetensors into `folder` (first process)."""
         params, inputs = self.config.pretrain, self.inputs
         stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr)
         last = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k != "epoch"}
@@ -341,4 +341,6 @@ class Pretraining:
             "warnings": [*self.warnings, *([stuck[1]] if stuck else [])],
         }
         export_encoder(folder, self.method.backbone.state_dict(), card)
+        if extras := self.method.exports():
+            save_tensors(folder / "extras.safetensors", extras, {"schema": 1, "method": params.method})
         write_curves(folder / "curves.csv", self.rows or [{"epoch": 0}])
