@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Setting
-from pipeline.models.catalog import describe, size_problem, trainable_problem
+from pipeline.models.catalog import LEVEL_HEADS, describe, levels_problem, size_problem, trainable_problem
 from pipeline.registry import BACKBONES, HEADS, METHODS, did_you_mean
 
 __all__ = ["check_named_files", "method_problems"]
@@ -44,6 +44,8 @@ def _backbone_problems(config: Config) -> list[str]:
     sizes = {"pretrain.image_size": config.pretrain.image_size}
     sizes |= {f"methods.{config.pretrain.method}: views of {role}": rule.size for role, rule in rules.items()}
     lines = [size_problem(info, size, key) for key, size in sizes.items()]
+    if config.finetune.head in LEVEL_HEADS:
+        lines.append(levels_problem(info, f"finetune.head: {config.finetune.head}"))
     return [line for line in (*lines, trainable_problem(info, config.finetune.trainable)) if line]
 
 

@@ -140,9 +140,8 @@ def make_config(folder: Path, **changes: Any) -> Config:
 def make_inputs(store: FrameStore, fingerprint: str = "0123456789abcdef") -> PretrainInputs:
     """All videos of a store as the input of one pretraining run."""
     refs = gather_videos([store])
-    return PretrainInputs(
-        refs, [r.row.patient for r in refs], ["ab".index(r.row.label) for r in refs], ["a", "b"], [], fingerprint
-    )
+    labels = ["ab".index(r.row.label) for r in refs]
+    return PretrainInputs(refs, [r.row.patient for r in refs], labels, ["a", "b"], labels, ["a", "b"], [], fingerprint)
 
 
 class ListTracker(NullTracker):

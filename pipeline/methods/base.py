@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from pipeline.data import clips
 from pipeline.data.clips import ClipBatch, ViewRule
 from pipeline.parameters import AugmentationParams, Section
 from pipeline.registry import LazyModule
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pipeline import distributed
+    from pipeline.config import Config
     from pipeline.models import heads, momentum
 else:
     torch = LazyModule("torch")
@@ -29,7 +31,10 @@ else:
     heads = LazyModule("pipeline.models.heads")
     momentum = LazyModule("pipeline.models.momentum")
 
-__all__ = ["ClipBatch", "Method", "MethodContext", "MethodParams", "MomentumMethod", "Progress", "Setting", "StepOutput", "ViewRule"]
+__all__ = [
+    "ClipBatch", "Method", "MethodContext", "MethodParams", "MomentumMethod", "PairMethod", "PairParams", "Progress",
+    "Setting", "StepOutput", "ViewRule", "slow_twin_warning",
+]
 
 
 class MethodParams(Section):
@@ -66,6 +71,13 @@ class Setting:
     scope: str
     labelled: dict[str, int] | None = None
     """Labelled videos a class that pretraining may see (classes without any too); None where not known yet."""
+
+    @classmethod
+    def of(cls, config: Config, labelled: dict[str, int] | None) -> Setting:
+        """What these parameters offer."""
+        pretrain = config.pretrain
+        batch = max(1, pretrain.batch_size // pretrain.accumulate)
+        return cls(pretrain.backbone, pretrain.image_size, batch, pretrain.scope, labelled)
 
 
 @dataclass(frozen=True)
@@ -136,15 +148,18 @@ class Method:
         """Warnings about parameter values that do not suit this run (shown once, before training)."""
         return []
 
-    def encode(self, images: torch.Tensor, prefix: str = "") -> torch.Tensor:
-        """Unit-length embeddings of images: trunk, head, L2. [B, 3, H, W] -> [B, D], float32 (float64 stays).
+    def project(self, images: torch.Tensor, prefix: str = "") -> torch.Tensor:
+        """Outputs of trunk and head. [B, 3, H, W] -> [B, D], float32 (float64 stays).
 
-        `prefix` picks the momentum twin (`key_`). Only the networks run in bfloat16; similarities need the mantissa.
+        `prefix` picks the momentum twin (`key_`). Only the networks run in bfloat16; what is computed of them needs the mantissa.
         """
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             raw = self.networks[f"{prefix}head"](self.networks[f"{prefix}backbone"](images))
-        raw = raw.float() if raw.dtype == torch.bfloat16 else raw
-        return torch.nn.functional.normalize(raw, dim=-1, eps=1e-12)
+        return raw.float() if raw.dtype == torch.bfloat16 else raw
+
+    def encode(self, images: torch.Tensor, prefix: str = "") -> torch.Tensor:
+        """`project` with rows of unit length (epsilon 1e-12)."""
+        return torch.nn.functional.normalize(self.project(images, prefix), dim=-1, eps=1e-12)
 
     def permutation(self, rows: int, progress: Progress) -> torch.Tensor:
         """Order of the gathered key batch, the same on every process without communication. int64 [rows]."""
@@ -174,10 +189,11 @@ class Method:
         """Loss of one micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: a method computes a loss")
 
-    def chance_loss(self, progress: Progress) -> float | torch.Tensor:
-        """What a network that knows nothing would have lost in the step just made: log(number of logits).
+    def chance_loss(self, progress: Progress) -> float | torch.Tensor | None:
+        """What a network with one constant output would have lost in the step just made: log(number of logits), for instance.
 
-        Told in the log, so that a user can judge. A tensor where the number lies on the device.
+        Told in the log, so that a user can judge. A tensor where the number lies on the device. None where that output is the
+        loss's own minimum (SimSiam, BYOL): such a method reports the metric `output_spread` instead, 0 when it has collapsed.
         """
         raise NotImplementedError(f"{type(self).__name__} is abstract: a method knows its chance loss")
 
@@ -191,22 +207,74 @@ class Method:
     def move_extra_state(self, device: torch.device) -> None:
         """Put the tensors of `extra_state` on the device of the networks."""
 
+    def exports(self) -> dict[str, torch.Tensor]:
+        """Tensors beside the trunk that a fine-tuning head may want; written to `extras.safetensors` where there are any."""
+        return {}
+
     @property
     def backbone(self) -> nn.Module:
         """The trunk to export, with plain torchvision names."""
         return self.networks["backbone"]
 
 
-class MomentumMethod(Method):
-    """A method with a projection head, a slowly moving twin of trunk and head, and a bank of embeddings (MoCo, UCL)."""
+class PairParams(MethodParams):
+    """Parameters of methods that compare two views."""
 
-    def __init__(self, backbone: nn.Module, params: Any, context: MethodContext, bank_rows: int) -> None:
+    positive_radius: int | None = Field(0, ge=0)
+    """The second view shows a frame at most so many frames away; 0: the same frame, as published; null: anywhere in the video."""
+
+
+class PairMethod(Method):
+    """A method of two views that go through the networks one after the other, each with its own batch-norm statistics."""
+
+    Params = PairParams
+
+    @classmethod
+    def draw(cls, params: PairParams, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"view": clips.two_frames(num_frames, params.positive_radius, rng)}
+
+    @classmethod
+    def problems(cls, params: PairParams, setting: Setting) -> list[str]:
+        if setting.batch_size < 2:
+            return [
+                f"pretrain.batch_size: {setting.batch_size} sample a forward pass (batch_size / accumulate) leaves nothing to average for "
+                f"the batch norm of the projection head. Use at least 2, better 32."
+            ]
+        return []
+
+    def two_outputs(self, batch: ClipBatch, prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs of trunk and head for the first and the second view, [B, D] each."""
+        images = batch.frames["view"]
+        return self.project(images[:, 0], prefix), self.project(images[:, 1], prefix)
+
+
+def slow_twin_warning(key: str, momentum: float, steps: int, rising: bool = False) -> list[str]:
+    """A line when a momentum twin hardly moves in a run of so many steps. `rising`: the momentum grows to 1 along a cosine."""
+    # Half of the exponent: the mean of 1 - momentum over the rising cosine is half of its start.
+    moved = 1 - momentum ** (steps / 2 if rising else steps)
+    if moved >= 0.5:
+        return []
+    better = max(0.9, round(1 - (10 if rising else 5) / max(steps, 1), 3))
+    return [
+        f"{key} = {momentum}: in {steps} steps the momentum network moves only {moved:.0%} of the way to the trained one, so its outputs "
+        f"stay close to the initialisation's. Consider {better}."
+    ]
+
+
+class MomentumMethod(Method):
+    """A method with a projection head, a slowly moving twin of trunk and head, and a bank of embeddings (MoCo, UCL).
+
+    With several `projections` the head is so many projections side by side, and the bank holds their embeddings joined.
+    """
+
+    def __init__(self, backbone: nn.Module, params: Any, context: MethodContext, bank_rows: int, projections: int = 1) -> None:
         super().__init__(backbone, params, context)
-        self.networks["head"] = heads.projection_mlp(context.feature_dim, params.embedding_dim)
+        made = [heads.projection_mlp(context.feature_dim, params.embedding_dim) for _ in range(projections)]
+        self.networks["head"] = made[0] if projections == 1 else heads.SideBySide(made)
         self.networks["key_backbone"] = momentum.momentum_copy(self.networks["backbone"])
         self.networks["key_head"] = momentum.momentum_copy(self.networks["head"])
         dtype = next(backbone.parameters()).dtype
-        self.bank = momentum.EmbeddingBank(bank_rows, params.embedding_dim, dtype=dtype)
+        self.bank = momentum.EmbeddingBank(bank_rows, projections * params.embedding_dim, dtype=dtype)
 
     def before_step(self, progress: Progress) -> None:
         for part in ("backbone", "head"):

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.splits import Splits
+from pipeline.errors import ConfigError
 from pipeline.files import alone_in, copy_into, read_json, scratch_folder, write_json
 from pipeline.launch import is_worker, launch, process_count, threads_per_process, worker_rank
+from pipeline.methods.base import Setting
+from pipeline.registry import METHODS
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.training.inputs import PretrainInputs, open_pretrain_inputs
 
@@ -21,6 +24,7 @@ SPLITS = Path("data/splits.json")
 def _copy_result(done: Path, output: Path) -> None:
     """Copy a finished result from scratch to the stage's output folder."""
     output.mkdir(parents=True, exist_ok=True)
+    (output / "extras.safetensors").unlink(missing_ok=True)  # of another method, which this one does not overwrite
     for path in done.iterdir():
         copy_into(path, output / path.name)
 
@@ -31,9 +35,15 @@ def run_pretrain_stage(config: Config, fold: int, script: Path) -> str:
     A finished result with the same fingerprint is copied at once (folds that may see the same videos share one encoder, and
     so do sweep points that differ only behind pretraining). Otherwise the loop runs here, or under torchrun with several
     processes, and continues from its checkpoint if there is one.
+
+    Raises:
+        ConfigError: the method cannot run on these videos (`Method.problems`), with a line for each reason.
     """
     splits = Splits.read(SPLITS)
     inputs = open_pretrain_inputs(config, splits, fold)
+    problems = METHODS.get(config.pretrain.method).problems(config.method_params, Setting.of(config, inputs.target_counts()))
+    if problems:
+        raise ConfigError("\n  ".join([f"pretrain, fold {fold}: method {config.pretrain.method} cannot run with these videos", *problems]))
     scratch = scratch_folder("pretrain", inputs.fingerprint)
     # Workers run under the lock of the process that started them.
     with nullcontext() if is_worker() else alone_in(scratch):
