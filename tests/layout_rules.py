@@ -48,11 +48,13 @@ ORDER = """
     losses models.heads models.momentum
     models.vit models.lora
     models.backbones
+    models.published
     models.classifier
-    evaluation.metrics evaluation.plots evaluation.features
-    evaluation.statistics evaluation.predictions
+    evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
+    evaluation.statistics evaluation.predictions evaluation.feature_plots
     evaluation.report
     evaluation.summary evaluation.content
+    evaluation.feature_pages
     evaluation.pages
     evaluation.evaluate
     evaluation.compare

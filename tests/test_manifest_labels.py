@@ -40,7 +40,7 @@ def test_manifest__round_trip_and_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("schema", "2", "row 2, column schema: found '2'"),
+        ("schema", "9", "row 2, column schema: found '9'"),
         ("video", "../../etc/passwd", "row 2, column video"),
         ("frames", "five", "row 2, column frames: found 'five'"),
         ("frames", "-1", "row 2, column frames"),
@@ -259,8 +259,8 @@ def test_source__missing_or_empty_folder(tmp_path: Path) -> None:
     params = DataParams(source=str(tmp_path), extra_sources={"more": SourceParams(path=str(tmp_path / "gone"))})
     with pytest.raises(DataError, match="data.extra_sources.more.path"):
         read_labelled_media("more", params)
-    (tmp_path / "scan.dcm").write_bytes(b"x")
-    with pytest.raises(DataError, match="no video or image.*\n.*1 .dcm"):
+    (tmp_path / "scan.mha").write_bytes(b"x")
+    with pytest.raises(DataError, match="no video or image.*\n.*1 .mha"):
         labelled(tmp_path)
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from pipeline.config import Config, fingerprint
 from pipeline.data.contact_sheet import write_contact_sheets
+from pipeline.data.dicom import is_dicom, read_identity
 from pipeline.data.labels import LabelledMedia, read_labelled_media
 from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
 from pipeline.data.store import FrameStore, write_video
@@ -53,6 +54,7 @@ class Task:
     params: ExtractParams
     table_fps: float | None
     scratch: Path
+    pseudonym_key: str = ""
 
 
 @dataclass
@@ -61,11 +63,16 @@ class Extracted:
 
     path: str
     sha256: str = ""
+    patient: str = ""
+    """Pseudonym of the patient a DICOM header names, or of the study where it names none."""
+    study: str = ""
     facts: Facts = field(default_factory=Facts)
     bytes: int = 0
     """Size of the tar."""
     reused: bool = False
     cpu_seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """Warnings about who is shown, beside those of `facts`."""
     reason: str = ""
     """Why the medium cannot be read; empty on success."""
     fatal: str = ""
@@ -79,7 +86,7 @@ class Extracted:
 
 def extraction_fingerprint(params: ExtractParams) -> str:
     """16 hex digits over all that decides the stored bytes: parameters, format, the code that reads, and OpenCV's version."""
-    code = [hash_file(Path(__file__).with_name(name)) for name in ("video.py", "store.py")]
+    code = [hash_file(Path(__file__).with_name(name)) for name in ("video.py", "dicom.py", "store.py")]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
     return fingerprint({"format": FORMAT, "code": code, "opencv": cv2.__version__, **decisive})
 
@@ -102,6 +109,7 @@ def extract_one(task: Task) -> Extracted:
     started = time.process_time()
     try:
         result.sha256 = content_hash(task.media)
+        _identify(task, result)
         if not _reuse(task, result):
             reader = MediaReader(task.media, task.params, task.table_fps)
             write_video(task.scratch, result.video, reader.jpegs())
@@ -117,13 +125,24 @@ def extract_one(task: Task) -> Extracted:
     return result
 
 
+def _identify(task: Task, result: Extracted) -> None:
+    """Fill in whom a DICOM file shows, hashed at once. Read anew each time, so that no store of results depends on the key."""
+    if task.media.kind == "frames" or not is_dicom(task.media.location):
+        return
+    identity = read_identity(task.media.location, task.media.path)
+    result.study = pseudonym(identity.study, task.pseudonym_key, "S")
+    result.patient = pseudonym(identity.patient or identity.study, task.pseudonym_key)
+    if not identity.patient:
+        result.notes.append("no usable PatientID: the study stands for the patient")
+
+
 def _reuse(task: Task, result: Extracted) -> bool:
     """Fill `result` from the scratch folder if this content was finished there under the same conditions."""
     tar, index = (task.scratch / f"{result.video}{suffix}" for suffix in (".tar", ".idx.npy"))
     try:
         record = read_json(task.scratch / f"{result.video}.json")
         facts = Facts(**record["facts"])
-        same_rate = facts.fps_source == "container" or record["table_fps"] == task.table_fps
+        same_rate = facts.fps_source not in ("table", "assumed", "none") or record["table_fps"] == task.table_fps
         if not same_rate or tar.stat().st_size != record["bytes"] or not index.stat().st_size:
             return False
     except (OSError, ValueError, KeyError, TypeError):
@@ -215,10 +234,11 @@ def _rows(source: str, found: LabelledMedia, results: list[Extracted], key: str)
         if result.reason:
             continue
         label, facts = found.labels[result.path], asdict(result.facts)
-        facts["warnings"] = "; ".join(facts["warnings"])
+        notes = [] if label.patient else result.notes
+        facts["warnings"] = "; ".join([*facts["warnings"], *notes])
         rows.append(VideoRow(
-            video=result.video, source=source, path=result.path, sha256=result.sha256,
-            patient=pseudonym(label.patient, key), label=label.label, kind=kinds[result.path], bytes=result.bytes,
+            video=result.video, source=source, path=result.path, sha256=result.sha256, study=result.study,
+            patient=pseudonym(label.patient, key) or result.patient, label=label.label, kind=kinds[result.path], bytes=result.bytes,
             **facts,
         ))
     return merge_identical(rows)
@@ -322,7 +342,7 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
         _clean_scratch(scratch)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror})") from None
-    tasks = [Task(item, params, found.labels[item.path].fps, scratch) for item in found.media]
+    tasks = [Task(item, params, found.labels[item.path].fps, scratch, config.data.pseudonym_key) for item in found.media]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = cores if params.workers == "auto" else max(1, params.workers)
     results = _extract_all(tasks, min(wanted, len(tasks)))

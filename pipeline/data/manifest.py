@@ -1,6 +1,6 @@
 """The table every stage shares: one row a video or still image, with pseudonymous patient, label, counts and warnings.
 
-Schema 1, UTF-8 CSV sorted by the bytes of `path`. Reading is strict: a wrong cell is named by file, row and column.
+Schema 2, UTF-8 CSV sorted by the bytes of `path`. Reading is strict: a wrong cell is named by file, row and column.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from pipeline.files import atomic_write, hash_bytes
 
 __all__ = ["SCHEMA", "Manifest", "VideoRow", "merge_identical", "pseudonym"]
 
-SCHEMA = 1
+SCHEMA = 2
 _VIDEO_ID = re.compile(r"[0-9a-f]{16}")
 _CHOICES = {
     "kind": ("video", "image", "frames"),
-    "fps_source": ("container", "table", "assumed", "none"),
+    "fps_source": (
+        "container", "table", "assumed", "none", "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate",
+    ),
     "channels": ("1", "3"),
 }
 _OPTIONAL_NUMBERS = ("fps", "frames_claimed")
@@ -59,17 +61,19 @@ class VideoRow:
     bytes: int
     warnings: str = ""
     """Separated by `; `."""
+    study: str = ""
+    """Pseudonym of the DICOM study, or empty."""
     schema: int = SCHEMA
 
 
 COLUMNS = ("schema", *(field.name for field in fields(VideoRow) if field.name != "schema"))
 
 
-def pseudonym(patient: str, key: str) -> str:
-    """`P` and 10 hex digits of HMAC-SHA256 of a patient id of the table; an empty id (unknown) stays empty."""
-    if not patient:
+def pseudonym(name: str, key: str, letter: str = "P") -> str:
+    """`letter` and 10 hex digits of HMAC-SHA256 of a patient (P) or study (S) id; an empty id (unknown) stays empty."""
+    if not name:
         return ""
-    return "P" + hmac.new(key.encode("utf-8"), patient.encode("utf-8"), "sha256").hexdigest()[:10]
+    return letter + hmac.new(key.encode("utf-8"), name.encode("utf-8"), "sha256").hexdigest()[:10]
 
 
 def merge_identical(rows: list[VideoRow]) -> list[VideoRow]:

@@ -1,4 +1,4 @@
-"""From media files to JPEG frames: finds video, still images and frame folders in a folder and decodes them in order.
+"""From media files to JPEG frames: finds video, DICOM, still images and frame folders and decodes them in order.
 
 Containers are recognised by content, never by extension, and never sought in: several real clips land on a wrong frame
 after a seek, and a header's frame count is only a claim. Not for labels (`labels.py`) or storage (`store.py`).
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_of
 from pipeline.errors import DataError
 from pipeline.files import hash_bytes, hash_file
 from pipeline.parameters import ExtractParams
@@ -83,6 +84,8 @@ def _sniff(path: Path) -> str:
             head = handle.read(16)
     except OSError:
         return "video"
+    if is_dicom(path):
+        return "image" if stored_frames(path) == 1 else "video"
     return "image" if head.startswith(_STILL_MAGIC) else "video"
 
 
@@ -135,7 +138,9 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
         for name in inside:
             path = folder / name
             relative, extension = _printable(path.relative_to(root)), path.suffix.lower()
-            if relative in named or extension in IMAGE_EXTENSIONS or extension in VIDEO_EXTENSIONS:
+            if name == "DICOMDIR":
+                continue  # the table of contents of a DICOM medium; its files are found by themselves
+            if relative in named or extension in IMAGE_EXTENSIONS or extension in VIDEO_EXTENSIONS or is_dicom(path):
                 survey.media.append(Media(relative, _sniff(path), path))
             elif extension != ".csv":
                 skipped[extension or "no extension"] += 1
@@ -364,7 +369,9 @@ class MediaReader:
 
     def _open(self) -> _Frames:
         frames: _Frames
-        if self.media.kind == "video":
+        if self.media.kind != "frames" and is_dicom(self.media.location):
+            frames = self._open_dicom()
+        elif self.media.kind == "video":
             frames = _Container(self.media, self.params.max_pixels)
         else:
             frames = _Stills(self.media, self.params.max_pixels, self.facts.warnings)
@@ -373,7 +380,7 @@ class MediaReader:
         if self.media.kind == "image":
             return frames
         if frames.fps is not None:
-            facts.fps, facts.fps_source = frames.fps, "container"
+            facts.fps, facts.fps_source = frames.fps, getattr(frames, "fps_source", "container")
         elif self._table_fps is not None:
             facts.fps, facts.fps_source = self._table_fps, "table"
         elif rate is not None and self.media.kind == "video":
@@ -381,6 +388,19 @@ class MediaReader:
             facts.warnings.append(f"frame rate unknown: {ASSUMED_FPS:g} per second assumed for sampling")
         elif rate is not None:
             facts.warnings.append("frame rate unknown: every frame kept")
+        return frames
+
+    def _open_dicom(self) -> _Frames:
+        """A DICOM file: its pictures, or the video stream it wraps."""
+        path, shown = self.media.location, self.media.path
+        stream = stream_of(path, shown)
+        if stream is not None:
+            try:
+                return _Container(Media(shown, "video", stream), self.params.max_pixels)
+            finally:
+                stream.unlink()  # FFmpeg holds it open; nothing is left behind whatever happens
+        frames = DicomFrames(path, shown, self.params.max_pixels)
+        self.facts.warnings += frames.notes
         return frames
 
     def _read(self, frames: _Frames) -> Iterator[bytes]:

@@ -1,0 +1,340 @@
+"""DICOM files as frames: one picture or a cine, in the transfer syntaxes seen in practice, without any identifying value.
+
+pydicom and its decoders are optional (`pip install "sonoscope[dicom]"`). Nothing of the header leaves this file but sizes, the
+frame rate with the tag it came from, the regions of the scan, and hashes of patient and study. Errors never quote header values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import re
+import tempfile
+import warnings as python_warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+__all__ = ["DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames", "stream_of"]
+
+EXTENSIONS = frozenset({".dcm", ".dicom", ".ima"})
+INSTALL = 'pip install "sonoscope[dicom]"'
+DEFLATED = "1.2.840.10008.1.2.1.99"
+_VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")
+"""MPEG-2, MPEG-4/H.264 and HEVC inside DICOM: one stream in the pixel data, decoded as a video file."""
+_JPEG = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[0-9]|6[0-9]|70|80|81|90|91|92|93)")
+"""Codestreams that end with the marker FF D9."""
+MAX_INFLATED = 1 << 30
+"""Bytes a deflated file may unpack to."""
+
+_TAGS = [
+    "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation", "PlanarConfiguration",
+    "PhotometricInterpretation", "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate", "WindowCenter", "WindowWidth",
+    "SequenceOfUltrasoundRegions", "UltrasoundColorDataPresent", "SpecificCharacterSet",
+    *(f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
+]
+# A patient id that stands for no patient: nothing, dashes, zeros, or what anonymisers write.
+_NO_PATIENT = re.compile(r"[\s\-_.0xX?*]*|(de)?-?anon\w*|unknown|none|null|n/?a|removed|deleted|test|patient", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A calibrated part of the picture, in pixels, right and bottom exclusive, clipped to the picture.
+
+    `spatial_format`: 1 two-dimensional, 2 M-mode, 3 spectral, 4 wave form, 5 graphics; `data_type`: 1 tissue, 2 colour flow, ...
+    (DICOM PS3.3 C.8.5.5).
+    """
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    spatial_format: int
+    data_type: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Raw patient and study identifiers, to be hashed at once by the caller; empty where absent or a placeholder."""
+
+    patient: str
+    study: str
+
+    def __repr__(self) -> str:
+        return "Identity(...)"
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its magic word, or by extension where the 128-byte preamble was left out."""
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(132)
+    except OSError:
+        return False
+    return head[128:] == b"DICM" or path.suffix.lower() in EXTENSIONS
+
+
+def _pydicom(name: str) -> Any:
+    # pydicom logs what it stumbles over, header values included, and Python prints such lines on the screen.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"a DICOM file, and pydicom is not installed: {INSTALL}") from None
+
+
+@contextmanager
+def _named(path: str, what: str) -> Iterator[None]:
+    """Every failure inside becomes a DataError that names the file and no header value (pydicom's texts quote them)."""
+    try:
+        with python_warnings.catch_warnings():
+            python_warnings.simplefilter("ignore")
+            yield
+    except DataError as error:
+        raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    except MemoryError:
+        raise DataError(f"{path}: {what} (it claims more memory than there is)") from None
+    except Exception as error:  # damaged headers fail in dozens of ways inside the parser
+        raise DataError(f"{path}: {what} ({type(error).__name__})") from None
+
+
+def _header(path: Path, tags: list[str]) -> Any:
+    """The named elements, without pixel data. Large values stay on disk until asked for."""
+    pydicom = _pydicom("pydicom")
+    _refuse_bomb(path, pydicom)
+    with open(path, "rb") as handle:
+        magic = handle.read(132)[128:] == b"DICM"
+    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=not magic)
+    if not magic and "Rows" not in dataset and "StudyInstanceUID" not in dataset:
+        raise DataError("not a DICOM file, whatever its name says")
+    return dataset
+
+
+def _refuse_bomb(path: Path, pydicom: Any) -> None:
+    """A deflated file is unpacked as a whole by pydicom: refuse one that unpacks to more than `MAX_INFLATED`."""
+    meta = pydicom.filereader.read_file_meta_info(path) if is_dicom(path) and path.stat().st_size > 132 else None
+    if meta is None or meta.get("TransferSyntaxUID") != DEFLATED:
+        return
+    with open(path, "rb") as handle:
+        handle.seek(144 + int(meta.get("FileMetaInformationGroupLength", 0)))
+        inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while chunk := handle.read(1 << 16):
+            while chunk:
+                total += len(inflater.decompress(chunk, 1 << 20))
+                chunk = inflater.unconsumed_tail
+                if total > MAX_INFLATED:
+                    raise DataError(f"unpacks to more than {MAX_INFLATED >> 20} MiB; refused")
+
+
+def read_identity(path: Path, shown: str) -> Identity:
+    """Patient and study of a DICOM file; `shown` names it in errors.
+
+    An id that stands for nobody ("anonymous", "--", "000") counts as absent.
+    """
+    with _named(shown, "the DICOM header cannot be read"):
+        dataset = _header(path, ["PatientID", "StudyInstanceUID", "Rows", "SpecificCharacterSet"])
+        patient, study = (str(dataset.get(name, "") or "").strip() for name in ("PatientID", "StudyInstanceUID"))
+        return Identity("" if _NO_PATIENT.fullmatch(patient) else patient, study)
+
+
+def stored_frames(path: Path) -> int:
+    """Frames the header claims, at least 1; 1 where it cannot be read (reading it in full will say why)."""
+    try:
+        with _named("", "unreadable"):
+            return max(1, int(_header(path, ["NumberOfFrames", "Rows"]).get("NumberOfFrames", 1) or 1))
+    except DataError:
+        return 1
+
+
+def frame_rate(dataset: Any) -> tuple[float | None, str]:
+    """(frames per second, tag it came from), or (None, "none").
+
+    FrameTime and FrameTimeVector say how the frames were recorded; CineRate and RecommendedDisplayFrameRate only how to show
+    them, so they come last. Rates outside 1 to 1000 are not believed.
+    """
+
+    def number(name: str) -> float:
+        try:
+            return float(dataset.get(name) or 0)
+        except (TypeError, ValueError):
+            return 0.0
+
+    def from_vector() -> float:
+        try:
+            steps = [float(value) for value in list(dataset.get("FrameTimeVector") or [])[1:]]
+        except (TypeError, ValueError):
+            return 0.0
+        return 1000 * len(steps) / sum(steps) if steps and sum(steps) > 0 else 0.0
+
+    time = number("FrameTime")
+    found = {
+        "FrameTime": 1000 / time if time > 0 else 0.0, "FrameTimeVector": from_vector(), "CineRate": number("CineRate"),
+        "RecommendedDisplayFrameRate": number("RecommendedDisplayFrameRate"),
+    }
+    return next(((rate, tag) for tag, rate in found.items() if math.isfinite(rate) and 1 <= rate <= 1000), (None, "none"))
+
+
+def _regions(dataset: Any, width: int, height: int) -> list[Region]:
+    """The calibrated regions, clipped to the picture; those that lie outside or say nonsense are dropped."""
+    found = []
+    for item in dataset.get("SequenceOfUltrasoundRegions") or []:
+        try:
+            box = [int(item.get(f"RegionLocation{name}")) for name in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
+            kinds = [int(item.get(name) or 0) for name in ("RegionSpatialFormat", "RegionDataType")]
+        except (TypeError, ValueError):
+            continue
+        left, top = max(0, box[0]), max(0, box[1])
+        right, bottom = min(width, box[2] + 1), min(height, box[3] + 1)
+        if right - left > 1 and bottom - top > 1:
+            found.append(Region(left, top, right, bottom, *kinds))
+    return found
+
+
+def _variable_rate(dataset: Any) -> bool:
+    """Whether the steps of FrameTimeVector differ by more than a tenth of their median."""
+    try:
+        steps = np.array([float(value) for value in list(dataset.get("FrameTimeVector") or [])[1:]])
+    except (TypeError, ValueError):
+        return False
+    return len(steps) > 1 and float(np.ptp(steps)) > 0.1 * float(np.median(steps))
+
+
+class DicomFrames:
+    """Frames of a DICOM file in order, uint8 [H, W] or BGR [H, W, 3]; one decoded frame in memory at a time.
+
+    Attributes: `claimed` frames of the header; `fps` and `fps_source` (the tag); `regions`; `notes` for the manifest.
+    """
+
+    def __init__(self, path: Path, shown: str, max_pixels: int) -> None:
+        self._path, self._shown = path, shown
+        self._frame: np.ndarray | None = None
+        self._deep_table: bool | None = None
+        self.notes: list[str] = []
+        with _named(shown, "the DICOM header cannot be read"):
+            dataset = self._dataset = _header(path, _TAGS)
+            height, width = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+            if not height or not width:
+                raise DataError("holds no picture (a report, a presentation state, or another kind of DICOM object)")
+            if width * height > max_pixels:
+                raise DataError(
+                    f"{width} x {height} pixels are more than extract.max_pixels ({max_pixels}); raise it if this is right"
+                )
+            self.claimed: int | None = max(1, int(dataset.get("NumberOfFrames") or 1))
+            self.fps, self.fps_source = frame_rate(dataset) if self.claimed > 1 else (None, "none")
+            self.regions = _regions(dataset, width, height)
+            self._check_decoder()
+            self._source = self._frames()
+        if _variable_rate(dataset):
+            self.notes.append("variable frame rate: the mean of FrameTimeVector is used")
+
+    def _check_decoder(self) -> None:
+        uid = self._dataset.file_meta.get("TransferSyntaxUID") if hasattr(self._dataset, "file_meta") else None
+        if uid is None:
+            raise DataError("the header does not say how the pixels are stored (no transfer syntax)")
+        if uid.is_encapsulated and not _VIDEO.fullmatch(uid):
+            try:
+                decoder = _pydicom("pydicom.pixels").get_decoder(uid)
+            except NotImplementedError:
+                raise DataError(f"pixels are stored as {uid.name}, which cannot be decoded here") from None
+            if not decoder.is_available:
+                raise DataError(f"pixels are stored as {uid.name}, and its decoder is not installed: {INSTALL}")
+
+    def _frames(self) -> Iterator[np.ndarray]:
+        """Decoded frames. Encapsulated codestreams are checked for their end first: decoders fill a cut-off one silently."""
+        pixels, uid = _pydicom("pydicom.pixels"), self._dataset.file_meta.TransferSyntaxUID
+        if _JPEG.fullmatch(uid):
+            self._check_codestreams()
+        # A file that is deflated as a whole has to be unpacked first; of all others one frame at a time is read.
+        source = _pydicom("pydicom").dcmread(self._path) if uid == DEFLATED else self._path
+        for frame in pixels.iter_pixels(source):
+            yield self._to_bytes(frame, pixels)
+
+    def _check_codestreams(self) -> None:
+        # Read apart from the header, and let go when checked: frames are decoded one by one from the file.
+        dataset = _pydicom("pydicom").dcmread(self._path, specific_tags=["PixelData", "NumberOfFrames", "ExtendedOffsetTable"], force=True)
+        if "PixelData" not in dataset:
+            raise DataError("the pixel data are cut off")
+        frames = _pydicom("pydicom.encaps").generate_frames(dataset.PixelData, number_of_frames=self.claimed)
+        for number, codestream in enumerate(frames):
+            if b"\xff\xd9" not in codestream[-64:]:  # padding may follow the mark
+                raise DataError(f"frame {number} of {self.claimed} is cut off")
+
+    def _to_bytes(self, frame: np.ndarray, pixels: Any) -> np.ndarray:
+        """uint8 grey or BGR of one decoded frame; colour spaces are already RGB or grey here."""
+        kind = str(self._dataset.get("PhotometricInterpretation") or "")
+        if kind == "PALETTE COLOR":
+            frame = self._coloured(frame, pixels)
+        elif frame.dtype != np.uint8:
+            frame = self._windowed(frame)
+        if kind == "MONOCHROME1":
+            frame = 255 - frame
+        if frame.ndim == 3 and frame.shape[2] >= 3:
+            return np.ascontiguousarray(frame[:, :, 2::-1])
+        return np.ascontiguousarray(frame.reshape(frame.shape[:2]))
+
+    def _coloured(self, frame: np.ndarray, pixels: Any) -> np.ndarray:
+        """Palette indices to uint8 RGB. Some files keep 8-bit colours in the table's 16-bit words, some in the upper half."""
+        if self._deep_table is None:
+            entries = int(self._dataset.RedPaletteColorLookupTableDescriptor[0]) or 1 << 16
+            every = pixels.apply_color_lut(np.arange(entries, dtype=np.uint16)[None], self._dataset)
+            self._deep_table = int(every.max()) > 255
+        frame = pixels.apply_color_lut(frame, self._dataset)
+        return (frame >> 8 if self._deep_table else frame).astype(np.uint8)
+
+    def _windowed(self, frame: np.ndarray) -> np.ndarray:
+        """More than 8 bits to 8: by the header's window, else by the bits that are said to be used; one rule for all frames."""
+        dataset = self._dataset
+        centre, width = (dataset.get(name) for name in ("WindowCenter", "WindowWidth"))
+        centre, width = (value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value for value in (centre, width))
+        bits, signed = int(dataset.get("BitsStored") or 16), int(dataset.get("PixelRepresentation") or 0)
+        if centre is not None and width is not None and float(width) > 1:
+            low, high = float(centre) - float(width) / 2, float(centre) + float(width) / 2
+            rule = "the header's window"
+        else:
+            low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            rule = "the range of the stored bits"
+        note = f"{bits} bits a pixel: brought to 8 by {rule}"
+        if note not in self.notes:
+            self.notes.append(note)
+        return np.clip((frame.astype(np.float32) - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+
+    def grab(self) -> bool:
+        """Decode the next frame; False at the end."""
+        with _named(self._shown, "a frame cannot be decoded"):
+            self._frame = next(self._source, None)
+        return self._frame is not None
+
+    def retrieve(self) -> np.ndarray:
+        """The frame `grab` moved to."""
+        if self._frame is None:
+            raise DataError(f"{self._shown}: no frame was read")
+        return self._frame
+
+    def close(self) -> None:
+        """Forget the decoder."""
+        self._source, self._frame = iter(()), None
+
+
+def stream_of(path: Path, shown: str) -> Path | None:
+    """The video stream inside a DICOM file of a video transfer syntax, as a temporary file to be deleted; None for others."""
+    with _named(shown, "the video inside the DICOM file cannot be read"):
+        dataset = _header(path, ["Rows"])
+        uid = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
+        if uid is None or not _VIDEO.fullmatch(uid):
+            return None
+        whole = _pydicom("pydicom").dcmread(path, specific_tags=["PixelData"])
+        fragments = _pydicom("pydicom.encaps").generate_fragments(whole.PixelData)
+        next(fragments)  # the basic offset table
+        with tempfile.NamedTemporaryFile(prefix="sonoscope-", suffix=".stream", delete=False) as out:
+            for fragment in fragments:
+                out.write(fragment)
+    return Path(out.name)

@@ -1,0 +1,96 @@
+"""Small DICOM files made on the spot: any transfer syntax, colour space and frame-rate tag, with a name in every header."""
+
+from __future__ import annotations
+
+import datetime
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import sample_media as sample
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.sequence import Sequence
+from pydicom.uid import JPEGBaseline8Bit, UltrasoundMultiFrameImageStorage, generate_uid
+
+SECRETS = ("Doe", "Jane", "HOSP-4711", "19530421", "Mercy General", "Dr Strange", "ACC-99")
+"""What must never be found outside the file itself."""
+
+
+def cine(frames: int = 6, size: tuple[int, int] = (64, 48)) -> np.ndarray:
+    """uint8 [T, H, W, 3] of numbered frames (`sample_media.picture`)."""
+    return np.stack([sample.picture(index, size) for index in range(frames)])
+
+
+def header(**changes: Any) -> Dataset:
+    """A header full of identifying values."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.SOPClassUID = UltrasoundMultiFrameImageStorage
+    dataset.SOPInstanceUID = generate_uid()
+    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = "Doe^Jane", "HOSP-4711", "19530421"
+    dataset.InstitutionName, dataset.ReferringPhysicianName, dataset.AccessionNumber = "Mercy General", "Dr Strange", "ACC-99"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.826.0.1.3680043.77.1", generate_uid()
+    dataset.StudyDate, dataset.Modality = datetime.date(2020, 1, 2).strftime("%Y%m%d"), "US"
+    for name, value in changes.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def write(path: Path, frames: np.ndarray | None = None, syntax: str = pydicom.uid.ExplicitVRLittleEndian, **changes: Any) -> Path:
+    """Frames [T, H, W] (grey) or [T, H, W, 3] (RGB) as a DICOM file of a transfer syntax pydicom can write."""
+    frames = cine() if frames is None else frames
+    dataset = header(**{"FrameTime": "40", **changes})
+    dataset.Rows, dataset.Columns = frames.shape[1:3]
+    dataset.NumberOfFrames = len(frames)
+    dataset.SamplesPerPixel = 3 if frames.ndim == 4 else 1
+    dataset.setdefault("PhotometricInterpretation", "RGB" if frames.ndim == 4 else "MONOCHROME2")
+    if frames.ndim == 4:
+        dataset.PlanarConfiguration = 0
+    bits = 8 * frames.dtype.itemsize
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits, bits - 1, 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    uid = pydicom.uid.UID(syntax)
+    little = uid != pydicom.uid.ExplicitVRBigEndian
+    if uid == JPEGBaseline8Bit:
+        dataset.PixelData = encapsulate([_jpeg(frame) for frame in frames])
+        dataset["PixelData"].VR = "OB"
+        dataset.PhotometricInterpretation = "YBR_FULL_422" if frames.ndim == 4 else "MONOCHROME2"
+    else:
+        dataset.PixelData = frames.tobytes()
+        dataset["PixelData"].VR = "OB" if bits == 8 else "OW"
+    if uid.is_encapsulated and uid != JPEGBaseline8Bit:
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        dataset.compress(uid)
+    dataset.file_meta.TransferSyntaxUID = uid
+    dataset.save_as(path, enforce_file_format=True, little_endian=little, implicit_vr=uid == pydicom.uid.ImplicitVRLittleEndian)
+    return path
+
+
+def _jpeg(frame: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(frame).save(out, "JPEG", quality=95, subsampling=1)
+    return out.getvalue()
+
+
+def write_stream(path: Path, video: Path) -> Path:
+    """A video file wrapped as MPEG-4 DICOM."""
+    dataset = header(Rows=48, Columns=64, NumberOfFrames=6, SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7)
+    dataset.PixelRepresentation, dataset.PhotometricInterpretation = 0, "YBR_PARTIAL_420"
+    dataset.PixelData = encapsulate([video.read_bytes()])
+    dataset["PixelData"].VR = "OB"
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.MPEG4HP41
+    dataset.save_as(path, enforce_file_format=True, little_endian=True, implicit_vr=False)
+    return path
+
+
+def region(left: int, top: int, right: int, bottom: int, spatial: int = 1, data: int = 1) -> Sequence:
+    """One calibrated region, as a sequence of one item."""
+    item = Dataset()
+    item.RegionLocationMinX0, item.RegionLocationMinY0 = left, top
+    item.RegionLocationMaxX1, item.RegionLocationMaxY1 = right, bottom
+    item.RegionSpatialFormat, item.RegionDataType = spatial, data
+    return Sequence([item])

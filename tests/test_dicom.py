@@ -1,0 +1,229 @@
+"""DICOM: every transfer syntax gives the same frames, rates name their tag, and nobody's name leaves the file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pydicom = pytest.importorskip("pydicom", reason='needs pip install "sonoscope[dicom]"')
+
+import sample_dicom as sample  # noqa: E402
+import sample_media  # noqa: E402
+from pydicom import uid  # noqa: E402
+
+from pipeline.config import Config  # noqa: E402
+from pipeline.data import dicom  # noqa: E402
+from pipeline.data.extract import extract_source  # noqa: E402
+from pipeline.data.manifest import Manifest, pseudonym  # noqa: E402
+from pipeline.data.video import MediaReader, find_media  # noqa: E402
+from pipeline.errors import DataError  # noqa: E402
+from pipeline.parameters import DataParams, ExtractParams  # noqa: E402
+
+SYNTAXES = {
+    "implicit": uid.ImplicitVRLittleEndian, "explicit": uid.ExplicitVRLittleEndian, "big_endian": uid.ExplicitVRBigEndian,
+    "deflated": uid.DeflatedExplicitVRLittleEndian, "jpeg": uid.JPEGBaseline8Bit, "jpeg_ls": uid.JPEGLSLossless,
+    "jpeg2000": uid.JPEG2000Lossless, "rle": uid.RLELossless,
+}
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    reader = dicom.DicomFrames(path, path.name, 10**7)
+    found = []
+    while reader.grab():
+        found.append(reader.retrieve().copy())
+    return found
+
+
+def read(path: Path, **params: object) -> tuple[MediaReader, list[bytes]]:
+    (item,) = find_media(path.parent).media
+    reader = MediaReader(item, ExtractParams(short_side=48, **params))
+    return reader, list(reader.jpegs())
+
+
+@pytest.mark.parametrize("colour", [True, False], ids=["rgb", "grey"])
+@pytest.mark.parametrize("name", SYNTAXES)
+def test_frames__equal_in_every_transfer_syntax(name: str, colour: bool, tmp_path: Path) -> None:
+    """Lossless ones exactly, JPEG nearly; colour comes out as BGR, with red where red was (not the chroma of YBR)."""
+    source = sample.cine()
+    source[..., 0] = np.minimum(source[..., 0].astype(int) + 60, 255).astype(np.uint8)
+    source = source if colour else np.ascontiguousarray(source[..., 1])
+    got = frames_of(sample.write(tmp_path / "a.dcm", source, SYNTAXES[name]))
+    want = source[..., ::-1] if colour else source
+    assert len(got) == len(source)
+    # JPEG halves the chroma's resolution, so edges of colour differ; the flat parts must not.
+    assert np.median(np.abs(np.stack(got).astype(int) - want)) <= (2 if name == "jpeg" else 0)
+    assert np.abs(np.stack(got).astype(int) - want).max() <= (60 if name == "jpeg" else 0)
+
+
+def test_frames__real_files(shared: Path) -> None:
+    """Palette colours, 16-bit palettes, JPEG lossless, JPEG 2000, a cine; the three spellings of one file are equal."""
+    folder = shared / "data/extra/dicom"
+    if not folder.is_dir():
+        pytest.skip("the shared folder has no data/extra")
+    one = frames_of(folder / "OBXXXX1A_2frame.dcm")
+    for other in ("OBXXXX1A_rle_2frame.dcm", "OBXXXX1A_expb_2frame.dcm"):
+        assert np.array_equal(one, frames_of(folder / other)), other
+    corner = one[0][:8, 200:400].reshape(-1, 3).mean(0)
+    assert corner[0] > 1.5 * corner[2], "the title bar is blue"
+    assert len(frames_of(folder / "color3d_jpeg_baseline.dcm")) == 120
+    assert frames_of(folder / "JPGLosslessP14SV1_1s_1f_8b.dcm")[0].shape == (768, 1024)
+    assert frames_of(folder / "gdcm-US-ALOKA-16.dcm")[0].std() > 10
+    doppler = frames_of(folder / "US1_J2KR.dcm")[0].astype(int)
+    assert (doppler[..., 2] - doppler[..., 0] > 80).sum() > 1000, "the flow is red and yellow"
+    with pytest.raises(DataError, match="too_short.dcm: the pixel data are cut off"):
+        frames_of(folder / "emri_small_jpeg_2k_lossless_too_short.dcm")
+
+
+@pytest.mark.parametrize(
+    ("tags", "fps", "source"),
+    [
+        ({"FrameTime": "40"}, 25.0, "FrameTime"),
+        ({"FrameTime": None, "FrameTimeVector": [0, 50, 50, 50, 50, 50]}, 20.0, "FrameTimeVector"),
+        ({"FrameTime": None, "CineRate": "30", "RecommendedDisplayFrameRate": "15"}, 30.0, "CineRate"),
+        ({"FrameTime": "0", "RecommendedDisplayFrameRate": "15"}, 15.0, "RecommendedDisplayFrameRate"),
+        ({"FrameTime": "0.0001"}, None, "none"),
+        ({"FrameTime": None}, None, "none"),
+    ],
+)
+def test_rate__first_believable_tag_is_named(tags: dict, fps: float | None, source: str, tmp_path: Path) -> None:
+    reader, jpegs = read(sample.write(tmp_path / "a.dcm", **tags))
+    assert (reader.facts.fps, reader.facts.fps_source, len(jpegs)) == (fps, source, 6)
+    half, kept = read(tmp_path / "a.dcm", frames_per_second=12.5)
+    assert len(kept) == (3 if fps == 25.0 else len(kept))
+    assert half.facts.frames_decoded == 6
+
+
+def test_rate__steps_of_different_length_are_noted(tmp_path: Path) -> None:
+    reader, _ = read(sample.write(tmp_path / "a.dcm", FrameTime=None, FrameTimeVector=[0, 20, 80, 20, 80, 20]))
+    assert any("variable frame rate" in text for text in reader.facts.warnings)
+
+
+def test_regions__clipped_to_the_picture_and_nonsense_dropped(tmp_path: Path) -> None:
+    path = sample.write(tmp_path / "a.dcm", SequenceOfUltrasoundRegions=sample.region(10, 5, 500, 30, 1, 2))
+    assert dicom.DicomFrames(path, "a", 10**7).regions == [dicom.Region(10, 5, 64, 31, 1, 2)]
+    path = sample.write(tmp_path / "b.dcm", SequenceOfUltrasoundRegions=sample.region(70, 5, 90, 30))
+    assert dicom.DicomFrames(path, "b", 10**7).regions == []
+
+
+def test_deep_pixels__windowed_by_one_rule_for_all_frames(tmp_path: Path) -> None:
+    deep = (np.arange(4 * 48 * 64).reshape(4, 48, 64) % 4096).astype(np.uint16)
+    path = sample.write(tmp_path / "a.dcm", deep, WindowCenter="2048", WindowWidth="4096")
+    first = frames_of(path)[0]
+    assert first.dtype == np.uint8
+    assert abs(int(first[10, 10]) - int(deep[0, 10, 10]) * 255 // 4096) <= 1
+    reader = dicom.DicomFrames(path, "a", 10**7)
+    reader.grab()
+    assert any("16 bits a pixel: brought to 8 by the header's window" in note for note in reader.notes)
+
+
+def test_inverted_grey__white_is_white(tmp_path: Path) -> None:
+    frames = np.full((2, 48, 64), 10, np.uint8)
+    path = sample.write(tmp_path / "a.dcm", frames, PhotometricInterpretation="MONOCHROME1")
+    assert frames_of(path)[0][0, 0] == 245
+
+
+def test_stream__video_syntaxes_are_decoded_as_video(tmp_path: Path) -> None:
+    video = sample_media.write_video(tmp_path / "in.mp4", 6)
+    (tmp_path / "dcm").mkdir()
+    reader, jpegs = read(sample.write_stream(tmp_path / "dcm/a.dcm", video))
+    assert len(jpegs) == 6
+    assert reader.facts.fps == 10.0
+
+
+def test_find__by_magic_word_whatever_the_name_and_no_table_of_contents(tmp_path: Path) -> None:
+    sample.write(tmp_path / "IM_0001")
+    sample.write(tmp_path / "1.2.840.99")
+    sample.write(tmp_path / "DICOMDIR")
+    sample.write(tmp_path / "still", sample.cine(1))
+    assert [(item.path, item.kind) for item in find_media(tmp_path).media] == [
+        ("1.2.840.99", "video"), ("IM_0001", "video"), ("still", "image"),
+    ]
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str = "k") -> Manifest:
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(folder)
+    config = Config(data=DataParams(source="in", pseudonym_key=key), extract=ExtractParams(short_side=32, workers=1))
+    extract_source("main", config, Path("frames"), Path("report"))
+    return Manifest.read(Path("frames/manifest.csv"))
+
+
+def test_identity__hashes_join_files_of_a_patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample.write(tmp_path / "in/1", sample.cine(2), StudyInstanceUID="1.2.1")
+    sample.write(tmp_path / "in/2", sample.cine(3), StudyInstanceUID="1.2.2")
+    sample.write(tmp_path / "in/3", sample.cine(4), StudyInstanceUID="1.2.2", PatientID="--")
+    rows = {row.path: row for row in run(tmp_path, monkeypatch).rows}
+    assert rows["1"].patient == rows["2"].patient == pseudonym("HOSP-4711", "k")
+    assert rows["2"].study == rows["3"].study == pseudonym("1.2.2", "k", "S") != rows["1"].study
+    assert rows["3"].patient == pseudonym("1.2.2", "k")
+    assert "the study stands for the patient" in rows["3"].warnings
+    again = {row.path: row for row in run(tmp_path, monkeypatch, "another key").rows}
+    assert again["1"].patient == pseudonym("HOSP-4711", "another key"), "finished frames are reused, names are not"
+
+
+def test_identity__a_table_of_the_user_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample.write(tmp_path / "in/a.dcm")
+    (tmp_path / "in/labels.csv").write_text("path,label,patient\na.dcm,sick,Anna\n", encoding="utf-8")
+    (row,) = run(tmp_path, monkeypatch).rows
+    assert (row.patient, row.label) == (pseudonym("Anna", "k"), "sick")
+
+
+def test_privacy__no_header_value_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """Neither in the store, the manifest, scratch results and reports nor in what is printed, damaged files included."""
+    good = sample.write(tmp_path / "in/good.dcm")
+    whole = good.read_bytes()
+    (tmp_path / "in/cut.dcm").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in/header.dcm").write_bytes(whole[:700])
+    (tmp_path / "in/bad.dcm").write_bytes(whole.replace(b"\x28\x00\x10\x00US", b"\x28\x00\x10\x00QQ"))
+    sample.write(tmp_path / "in/syntax.dcm")
+    rows = run(tmp_path, monkeypatch).rows
+    assert "good.dcm" in [row.path for row in rows]
+    printed = "".join(capfd.readouterr())
+    for secret in sample.SECRETS:
+        assert secret not in printed
+        for path in tmp_path.rglob("*"):
+            if path.is_file() and not path.is_relative_to(tmp_path / "in"):
+                assert secret.encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"Rows": 0}, "holds no picture"),
+        ({"Rows": 60000, "Columns": 60000}, "more than extract.max_pixels"),
+        ({"NumberOfFrames": "100000"}, "cannot be decoded|cut off"),
+    ],
+)
+def test_hostile__declared_sizes(changes: dict, message: str, tmp_path: Path) -> None:
+    path = sample.write(tmp_path / "a.dcm")
+    dataset = pydicom.dcmread(path)
+    for name, value in changes.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path)
+    with pytest.raises(DataError, match=message):
+        list(MediaReader(find_media(tmp_path).media[0], ExtractParams()).jpegs())
+
+
+def test_hostile__deflated_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sample.write(tmp_path / "a.dcm", np.zeros((40, 200, 200), np.uint8), uid.DeflatedExplicitVRLittleEndian)
+    assert path.stat().st_size < 20_000
+    assert len(frames_of(path)) == 40
+    monkeypatch.setattr(dicom, "MAX_INFLATED", 1 << 20)
+    with pytest.raises(DataError, match="a.dcm: unpacks to more than 1 MiB; refused"):
+        frames_of(path)
+
+
+def test_missing__package_is_named_with_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sample.write(tmp_path / "a.dcm")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(DataError, match=r'pydicom is not installed: pip install "sonoscope\[dicom\]"'):
+        frames_of(path)
+
+
+def test_not_dicom__whatever_the_extension_says(tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(b"hello world" * 50)
+    with pytest.raises(DataError, match="a.dcm: "):
+        frames_of(tmp_path / "a.dcm")
