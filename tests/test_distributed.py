@@ -50,7 +50,7 @@ def one_method(name: str) -> Method:
 def global_batches(store: FrameStore, method: Method, epoch: int, rank: int = 0, world: int = 1) -> list[ClipBatch]:
     made = toy_loader(store, type(method), method.params, rank=rank, world=world, batch=4, samples_per_video=2)
     found = list(made.epoch(epoch, CPU))[:3]
-    return [ClipBatch({r: x.double() for r, x in b.frames.items()}, b.video, b.label) for b in found]
+    return [ClipBatch({r: x.double() for r, x in b.frames.items()}, b.video, b.label, b.numbers) for b in found]
 
 
 def three_steps(name: str, epoch: int, store: FrameStore) -> dict[str, Any]:

@@ -108,6 +108,18 @@ SMALL: dict[str, Any] = {
         "ucl": {"cross_only_epochs": 1, "decay_start": 2, "momentum": 0.9, "embedding_dim": 16},
         "simclr": {"embedding_dim": 16},
         "moco": {"embedding_dim": 16, "queue_size": 32, "momentum": 0.9},
+        "uscl": {"embedding_dim": 16},
+        "hico": {"embedding_dim": 16},
+        "simsiam": {"embedding_dim": 32, "predictor_dim": 8},
+        "byol": {"embedding_dim": 16, "hidden_dim": 32, "momentum": 0.9},
+        "barlow": {"embedding_dim": 32},
+        "vicreg": {"embedding_dim": 32},
+        "dino": {"output_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16, "local_views": 2, "momentum": 0.9},
+        "cycle": {"embedding_dim": 16, "queue_size": 32, "momentum": 0.9},
+        "msn": {
+            "focal_size": 16, "focal_views": 2, "prototypes": 16, "hidden_dim": 32, "embedding_dim": 16, "momentum": 0.9,
+            "sharpen": 0.5,
+        },
         "random": {},
     },
     "finetune": {"epochs": 3, "frames_per_video": 2, "eval_frames_per_video": 2, "batch_size": 8, "cached_views": 2},
@@ -115,6 +127,10 @@ SMALL: dict[str, Any] = {
     "tracking": {"enabled": False},
     "launch": {"device": "cpu", "threads": 1, "processes": 1},
 }
+
+
+BACKBONES_OF_TESTS = {"msn": "vit_tiny"}
+"""Methods that cannot work on resnet10."""
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -187,16 +203,18 @@ def make_method(
     double: bool = False,
     **changes: Any,
 ) -> Method:
-    """A method on resnet10, optionally without batch norm and in float64."""
+    """A method on a small backbone, optionally without batch norm and in float64."""
     kind = METHODS.get(name)
     small = {k: v for k, v in SMALL["methods"][name].items() if k in kind.Params.model_fields}
     params = kind.Params(**{**small, **changes})
     torch.manual_seed(seed)
-    backbone, features = build_backbone("resnet10", seed)
+    backbone, features = build_backbone(BACKBONES_OF_TESTS.get(name, "resnet10"), seed, image)
     if not norm:
         remove_batch_norm(backbone)
     backbone = backbone.double() if double else backbone
-    method = kind(backbone, params, MethodContext(features, 6, 10, batch, seed))
+    method = kind(backbone, params, MethodContext(features, 6, 10, batch, seed, image, classes=2))
+    if not norm:
+        remove_batch_norm(method.networks)
     if double:
         method.networks.double()
     method.networks.train()
@@ -211,7 +229,7 @@ def remove_batch_norm(module: torch.nn.Module) -> None:
             return 0.5 * x
 
     for name, child in module.named_children():
-        if isinstance(child, torch.nn.BatchNorm2d):
+        if isinstance(child, torch.nn.modules.batchnorm._BatchNorm):
             setattr(module, name, Scale())
         else:
             remove_batch_norm(child)
@@ -235,7 +253,8 @@ def toy_loader(
     """Batches of a store for a method."""
     views = AugmentationParams(**{**PLAIN, **(augmentation or {})})
     frames = FrameCache(gather_videos([store]), working or size, budget_mb=budget_mb, threads=1)
-    labels = np.array(["ab".index(ref.row.label or "a") for ref in frames.videos], np.int64)
+    # Every third video is unlabelled, as in the data of semi-supervised methods.
+    labels = np.array([-1 if i % 3 == 2 else "ab".index(ref.row.label or "a") for i, ref in enumerate(frames.videos)], np.int64)
     sampling = SamplingPlan(method, params, views, size, plan.pop("epochs", 6), batch, **plan)
     return ClipLoader(frames, labels, sampling, rank=rank, world=world, threads=threads)
 
