@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 __all__ = [
     "AugmentationParams", "DataParams", "EvaluateParams", "ExtractParams", "FinetuneParams", "LaunchParams",
-    "MonitorParams", "OptimizerParams", "PhantomParams", "PretrainParams", "Section", "SourceParams",
+    "MonitorParams", "OptimizerParams", "OptionalViewParams", "PhantomParams", "PretrainParams", "RandAugmentParams", "Section", "SourceParams",
     "SplitParams", "TrackingParams",
 ]
 
@@ -147,6 +148,35 @@ class OptimizerParams(Section):
     """Change the rate once an epoch (as the published recipes do) instead of every step."""
 
 
+class RandAugmentParams(Section):
+    """RandAugment without inversion, posterisation and solarisation (arXiv 1909.13719; MSN's phase recognition)."""
+
+    layers: int = Field(3, ge=1)
+    """Operations in a row; each is drawn anew, and applied with a probability between 0.2 and 0.8."""
+    magnitude: float = Field(7.0, ge=0, le=10)
+
+
+class OptionalViewParams(Section):
+    """What few recipes need of a view; everything is off by default."""
+
+    trim_border: bool = False
+    """Leave the black border of a frame out before the random crop (round endoscope images)."""
+    sharpen: int = Field(0, ge=-1, le=5)
+    """Level of USCL's 3 x 3 kernels: -1, 1 weak ... 5 strong; 0 is off. Applied to every view."""
+    rotation: float = Field(0.0, ge=0, le=180)
+    """Degrees to either side."""
+    shift: float = Field(0.0, ge=0, le=0.5)
+    """Largest shift in x and in y, as a fraction of the side."""
+    bezier: float = Field(0.0, ge=0, le=1)
+    """Probability of a random non-linear map of the grey levels (Models Genesis; USCL 0.9), half of them inverting."""
+    cutout_holes: int = Field(0, ge=0)
+    """Black squares a view, of `cutout_side` pixels at 224 pixels and in proportion below."""
+    cutout_side: int = Field(32, ge=2)
+    outpaint: float = Field(0.0, ge=0, le=1)
+    """Probability that all but five windows becomes noise (Models Genesis)."""
+    randaugment: RandAugmentParams | None = None
+
+
 class AugmentationParams(Section):
     """Random views of a frame. The defaults keep what an ultrasound image means: no hue, no vertical flip, mild zoom."""
 
@@ -162,14 +192,34 @@ class AugmentationParams(Section):
     brightness: float = Field(0.3, ge=0, le=1)
     contrast: float = Field(0.3, ge=0, le=1)
     jitter: float = Field(0.8, ge=0, le=1)
-    """Probability of the brightness and contrast change."""
+    """Probability that brightness, contrast, saturation and hue change."""
+    jitter_style: Literal["linear", "torchvision"] = "linear"
+    """`linear`: a gain about mid grey and an offset; `torchvision`: factors, the four changes in random order."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Colour images: factor 1 - s to 1 + s."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Colour images: shift by up to this fraction of the colour circle."""
+    grayscale: float = Field(0.0, ge=0, le=1)
+    """Colour images: probability that the colour is taken away."""
     blur: float = Field(0.3, ge=0, le=1)
     """Probability of a Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels and in proportion below."""
+    solarize: float = Field(0.0, ge=0, le=1)
+    """Probability that levels of 128 and above are inverted (BYOL)."""
     normalization: Literal["imagenet", "uscl"] = "imagenet"
     """`imagenet`: mean .485 .456 .406, std .229 .224 .225; `uscl`: mean 0.5, std 0.25."""
+    optional: OptionalViewParams = Field(default_factory=OptionalViewParams)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether a view needs no random numbers beyond crop, flip, brightness, contrast and blur."""
+        off = self.optional.model_dump(exclude={"trim_border"}) == OptionalViewParams().model_dump(exclude={"trim_border"})
+        colour = self.saturation or self.hue or self.grayscale or self.solarize
+        return off and not colour and self.jitter_style == "linear"
 
     @model_validator(mode="after")
     def _ranges(self) -> AugmentationParams:
+        if self.optional.trim_border and self.crop != "resized":
+            raise ValueError(f"optional.trim_border needs crop: resized, because what is left may be smaller; got crop: {self.crop}")
         for name, (low, high), top in (("scale", self.scale, 1.0), ("ratio", self.ratio, 100.0)):
             if not 0 < low <= high <= top:
                 raise ValueError(f"{name} must satisfy 0 < low <= high <= {top:g}; got [{low:g}, {high:g}]")
@@ -194,7 +244,9 @@ class PretrainParams(Section):
     sources: list[str] = Field(default_factory=lambda: ["main"], min_length=1)
     backbone: str = "resnet18"
     init: str = "random"
-    """`random`, `imagenet` (from a local cache, never downloaded silently), or a path to weights."""
+    """`random`, `imagenet` (from a local cache, never downloaded silently), or a path to weights of any known program."""
+    init_allow_missing: list[str] = Field(default_factory=list)
+    """Parts of the trunk that the weights file may lack, e.g. `norm`; they stay as initialised. Anything else missing is an error."""
     image_size: int = Field(112, ge=32, le=1024)
     epochs: int = Field(60, ge=1)
     batch_size: int = Field(32, ge=1)
@@ -231,7 +283,11 @@ class FinetuneParams(Section):
     """Encoders to fine-tune; `random` is the same network untrained, so that every report says what pretraining brings."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(default_factory=lambda: [0], min_length=1)
     trainable: str = "last_block"
-    """`linear` (classifier only), `last_block`, `all`, or a parameter-name prefix such as `layer4.1`."""
+    """`linear` (classifier only), `last_block`, `all`, `lora` (vision transformers), or a part such as `layer4.1` or `blocks.11`."""
+    lora_rank: int = Field(8, ge=1)
+    """For `lora`: rank of the change of each attention weight."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """For `lora`: the change is scaled by lora_alpha / lora_rank."""
     head: str = "linear"
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(32, ge=1)
@@ -270,6 +326,8 @@ class EvaluateParams(Section):
     """Patient-level bootstrap replicates."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     seed: int = Field(0, ge=0, lt=2**32)
+    neighbors: int = Field(5, ge=1, le=50)
+    """Nearest training frames a test frame is compared with in the report's section on features."""
     title: str = "Sonoscope report"
 
 
@@ -280,6 +338,9 @@ class TrackingParams(Section):
     uri: str | None = None
     """null: MLFLOW_TRACKING_URI if set, else a SQLite store at the project root."""
     experiment: str = "sonoscope"
+    models: bool = True
+    """Log encoders and classifiers as MLflow models that score pictures. In the embedded store their weights are links and cost
+    no disk; a server receives every file."""
     flush_seconds: float = Field(5.0, gt=0)
 
 

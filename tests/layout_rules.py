@@ -28,7 +28,8 @@ ORDER = """
     checkpoint
     launch
     models.catalog
-    tracking_context tracking_journal
+    scorer
+    tracking_context tracking_journal tracking_model
     tracking_store
     tracking_courier
     tracking
@@ -42,10 +43,14 @@ ORDER = """
     data.duplicates data.folds data.given_splits data.grouping
     data.splits
     data.split_report
+    data.photometry
+    data.randaugment
     data.clips data.transforms
+    export.facts export.card
     data.frames
     data.loader
     losses models.heads models.momentum
+    losses_baselines
     models.vit models.lora
     models.backbones
     models.published
@@ -65,6 +70,7 @@ ORDER = """
     training.monitor training.finetune
     training.pretrain
     training.pretrain_stage training.finetune_stage
+    export.formats
     machine presets
     doctor
     cli
@@ -101,6 +107,9 @@ UNTRACKED = {
     "tracking_context": "tracking",
     "tracking_courier": "tracking",
     "tracking_journal": "tracking",
+    "tracking_model": "tracking",
+    "scorer": "the code of logged models; no stage runs it",
+    "export.facts": "says what finished weights are, in a card's words; the weights are written before",
     "tracking_store": "tracking",
 }
 # Read by many stages only to hand on what another stage has written, which is a dependency itself. Stages that do more with

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.data.clips import ClipBatch, ViewRule
 from pipeline.data.frames import FrameCache
-from pipeline.data.transforms import draw_view, normalize, render
+from pipeline.data.transforms import frame_view, normalize, render
 from pipeline.errors import DataError, PipelineError
 from pipeline.parameters import AugmentationParams
 
@@ -116,7 +116,7 @@ class ClipLoader:
             for k, number in enumerate(numbers):
                 frame = self.frames.frame(index, int(number))
                 if view is None or not rule.linked:
-                    view = draw_view(rule.augmentation, rng, frame.shape[:2], rule.size)
+                    view = frame_view(rule.augmentation, rng, frame, rule.size)
                 render(frame, view, rule.size, out[role][row, k])
 
     def _submit(self, pool: ThreadPoolExecutor, pairs: np.ndarray, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[Future[None]]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.data.frames import FrameCache
 from pipeline.data.loader import sample_generator
-from pipeline.data.transforms import draw_view, normalize, render
+from pipeline.data.transforms import frame_view, normalize, render
 from pipeline.errors import PipelineError
 from pipeline.evaluation.features import evenly_spaced, render_centre
 from pipeline.evaluation.metrics import Scores, classification_metrics, harmonic_mean, malignancy_metrics, select_epoch
@@ -128,7 +128,7 @@ class Finetuning:
         for row, (video, number) in enumerate(items):
             rng = sample_generator(self.seed + 1, epoch, frames.videos[video].number, number)
             frame = frames.frame(video, number)
-            render(frame, draw_view(self.params.augmentation, rng, frame.shape[:2], self.size), self.size, out[row])
+            render(frame, frame_view(self.params.augmentation, rng, frame, self.size), self.size, out[row])
         return out
 
     def _training_set(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:

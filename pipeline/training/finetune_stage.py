@@ -16,6 +16,7 @@ from pipeline.data.splits import Fold, Splits
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import working_size
 from pipeline.errors import CheckpointError, DataError, LeakageError
+from pipeline.export.facts import about, find_weights, input_facts
 from pipeline.files import alone_in, atomic_write, copy_into, hash_file, read_json, scratch_folder, write_curves, write_json
 from pipeline.launch import threads_per_process
 from pipeline.tracking import NullTracker, open_tracker
@@ -63,18 +64,24 @@ def _encoder_card(init: str, fold: Fold, splits: Splits) -> dict[str, Any]:
     return card
 
 
+def _extras_file(weights: str) -> Path:
+    """Where the pretrain stage puts what a method has beside its trunk; most methods have nothing."""
+    return Path(weights).with_name("extras.safetensors")
+
+
 def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: dict[str, list[str]], digest: str) -> str:
     """Everything that determines the predictions; for `random` that is independent of pretraining."""
     code = code_digest(
         "training/finetune.py", "training/finetune_stage.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
-        "models/catalog.py", "models/vit.py", "models/lora.py",
-        "models/heads.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
+        "models/catalog.py", "models/vit.py", "models/published.py", "models/lora.py",
+        "models/heads.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
         "evaluation/metrics.py",
     )
     finetune = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})
     labels = sorted((video, splits.labels[video], splits.groups[video]) for part in parts.values() for video in part)
     shared = (config.pretrain.backbone, config.pretrain.image_size, config.launch.device)
-    encoder = hash_file(Path(digest)) if digest else f"random {config.pretrain.seed}"
+    files = [Path(digest), _extras_file(digest)] if digest else []
+    encoder = [hash_file(path) for path in files if path.is_file()] or f"random {config.pretrain.seed}"
     return fingerprint(finetune, shared, labels, parts, splits.classes, splits.manifest_digest, code, init, seed, encoder)
 
 
@@ -112,8 +119,12 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
             copy_into(done / name, output / name)
         # What belongs to the encoder of this run and not to the shared result.
         card = read_json(output / "card.json") | _encoder_facts(encoder)
+        card["preprocessing"] = input_facts(config, config.finetune.augmentation)
         write_json(output / "card.json", card)
         _log_result(output, tracker)
+        table = about(find_weights(output))
+        if table["scorable"]:
+            tracker.log_model(done / "model.safetensors", table, "classifier")
         tracker.write_sidecar(Path(f"reports/runs/finetune-{init}-seed{seed}-fold{fold_number}.json"), fingerprint=key)
     return f"finetune {item}: {'finished result reused' if reused else 'done'}; predictions in {output}"
 
@@ -122,7 +133,7 @@ def _encoder_facts(encoder: dict[str, Any]) -> dict[str, Any]:
     """The part of a card that says where the trunk comes from."""
     return {
         "pretrain_groups": encoder.get("groups", []), "pretrain_scope": encoder.get("scope", "none"),
-        "method": encoder.get("method", "random"), "encoder_fingerprint": encoder.get("fingerprint"),
+        "method": encoder.get("method", "random"), "pretrain_init": encoder.get("init", "random"), "encoder_fingerprint": encoder.get("fingerprint"),
     }
 
 
@@ -134,11 +145,13 @@ def _finetune(
     import numpy as np
     import torch
 
-    from pipeline.checkpoint import load_trunk, read_state_dict, save_tensors
+    from pipeline.checkpoint import read_state_dict, save_tensors
     from pipeline.distributed import pick_device
     from pipeline.evaluation.features import write_features
     from pipeline.models.backbones import build_backbone
     from pipeline.models.classifier import Classifier
+    from pipeline.models.lora import merged_state
+    from pipeline.models.published import load_trunk
     from pipeline.reproducibility import configure_torch, seed_everything
     from pipeline.training.finetune import FinetuneData, Finetuning, subset_by_patient
 
@@ -166,8 +179,11 @@ def _finetune(
     )
     data = FinetuneData(frames, labels, groups, splits.classes, train, validation, [index[v] for v in parts["test"]])
     backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed, size)
+    extras = None
     if weights:
         load_trunk(backbone, read_state_dict(Path(weights), "models/encoders"), weights, "models/encoders")
+        beside = _extras_file(weights)
+        extras = read_state_dict(beside, "models/encoders") if beside.is_file() else {}
     # Before the network changes: the report's map and neighbours show what the encoder itself sees.
     write_features(
         folder / "features.npz", backbone.to(device), frames, range(len(refs)), size=size, device=device,
@@ -175,7 +191,7 @@ def _finetune(
     )
     network = Classifier(
         backbone, config.pretrain.backbone, features, len(splits.classes), head=params.head, trainable=params.trainable,
-        batchnorm=params.batchnorm,
+        batchnorm=params.batchnorm, lora_rank=params.lora_rank, lora_alpha=params.lora_alpha, image_size=size, extras=extras,
     ).to(device)
     run = Finetuning(network, data, params, seed=identity["seed"], size=size, device=device)
     run.train(tracker, f"finetune {identity['init']} fold {identity['fold']}")
@@ -191,7 +207,7 @@ def _finetune(
     } | _encoder_facts(encoder)
     _write_predictions(folder / "predictions.csv", run, identity, splits)
     write_curves(folder / "curves.csv", run.rows)
-    save_tensors(folder / "model.safetensors", network.state_dict(), {"schema": 1})
+    save_tensors(folder / "model.safetensors", merged_state(network), {"schema": 1})
     write_json(folder / "card.json", card)
 
 
