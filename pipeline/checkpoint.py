@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from pipeline.errors import CheckpointError
 from pipeline.files import atomic_write, write_json
 
 __all__ = [
-    "KeyReport", "export_encoder", "latest_checkpoint", "load_checkpoint", "load_trunk", "read_state_dict", "save_checkpoint",
-    "save_tensors",
+    "export_encoder", "latest_checkpoint", "load_checkpoint", "read_state_dict", "save_checkpoint", "save_tensors",
 ]
 
 FORMAT = 1
@@ -113,8 +112,19 @@ def export_encoder(folder: Path, state: Mapping[str, torch.Tensor], card: Mappin
     write_json(folder / "card.json", card)
 
 
+def _named_tensors(raw: Mapping[Any, Any], outer: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of nested dictionaries, the names of all levels joined with dots."""
+    for name, value in raw.items():
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            yield outer + name, value
+        elif isinstance(name, str) and isinstance(value, Mapping) and outer.count(".") < 2:
+            yield from _named_tensors(value, f"{outer}{name}.")
+
+
 def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.Tensor]:
     """Tensors of a weights file: safetensors, or a torch file read with weights-only loading.
+
+    Names of nested dictionaries are joined: `state_dict.conv1.weight`, `teacher.backbone.cls_token`.
 
     Raises:
         CheckpointError: missing, not a weights file, or a pickle that wants to run code (refused).
@@ -125,7 +135,9 @@ def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.T
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+        # Files of DINO hold the program's options: an object with nothing but values, which runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{key}: {path.name} is refused: it holds Python objects that would run code when loaded, or is not a torch file. "
@@ -133,55 +145,7 @@ def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.T
         ) from None
     except Exception as error:  # damaged bytes fail in a dozen ways inside zip, pickle and safetensors readers
         raise CheckpointError(f"{key}: {path.name} is not a readable weights file ({type(error).__name__}).") from None
-    for name in ("state_dict", "model", "model_state_dict"):
-        if isinstance(raw, dict) and isinstance(raw.get(name), dict):
-            raw = raw[name]
-    tensors = {k: v for k, v in raw.items() if isinstance(k, str) and isinstance(v, torch.Tensor)} if isinstance(raw, dict) else {}
+    tensors = dict(_named_tensors(raw)) if isinstance(raw, dict) else {}
     if not tensors:
         raise CheckpointError(f"{key}: {path.name} holds no named tensors. Allowed: a state dict (plain, or under 'state_dict').")
     return tensors
-
-
-@dataclass(frozen=True)
-class KeyReport:
-    """What happened to the names of a weights file."""
-
-    prefix: str
-    matched: int
-    ignored: list[str]
-
-    def __str__(self) -> str:
-        shown = ", ".join(self.ignored[:4]) + (" ..." if len(self.ignored) > 4 else "")
-        return f"{self.matched} tensors of the trunk loaded (prefix '{self.prefix}'), {len(self.ignored)} others not used" + (
-            f": {shown}" if self.ignored else ""
-        )
-
-
-# Where known programs keep the trunk: MoCo and UCL (DDP-wrapped), the same unwrapped, plain torchvision, wrapped models.
-_PREFIXES = ("", "module.encoder_q.", "encoder_q.", "module.", "backbone.", "encoder.", "module.backbone.")
-
-
-def load_trunk(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str, key: str = "pretrain.init") -> KeyReport:
-    """Load a trunk from a state dict whose names may carry a known prefix; every tensor of the trunk must be there.
-
-    Raises:
-        CheckpointError: names or shapes do not fit, with counts and examples; nothing is loaded then.
-    """
-    wanted = network.state_dict()
-    # Old files lack batch norm's step counter; it plays no part with a fixed momentum.
-    needed = {name for name in wanted if not name.endswith("num_batches_tracked")}
-    prefix = max(_PREFIXES, key=lambda p: sum(p + name in tensors for name in needed))
-    missing = sorted(name for name in needed if prefix + name not in tensors)
-    if missing:
-        raise CheckpointError(
-            f"{key}: {source} does not fit this backbone: {len(missing)} of {len(needed)} tensors are missing, for example "
-            f"{', '.join(missing[:3])}. The file has names such as {', '.join(sorted(tensors)[:3])}. Check pretrain.backbone."
-        )
-    found = {name: tensors[prefix + name] for name in wanted if prefix + name in tensors}
-    wrong = [f"{n} {tuple(found[n].shape)} instead of {tuple(wanted[n].shape)}" for n in needed if found[n].shape != wanted[n].shape]
-    if wrong:
-        raise CheckpointError(f"{key}: {source} is of another architecture: {'; '.join(sorted(wrong)[:3])}. Check pretrain.backbone.")
-    network.load_state_dict(found, strict=False)
-    ignored = sorted(set(tensors) - {prefix + name for name in found})
-    return KeyReport(prefix, len(found), ignored)
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.base import Setting
 from pipeline.models.catalog import LEVEL_HEADS, describe, levels_problem, size_problem, trainable_problem
 from pipeline.registry import BACKBONES, HEADS, METHODS, did_you_mean
@@ -49,6 +49,19 @@ def _backbone_problems(config: Config) -> list[str]:
     return [line for line in (*lines, trainable_problem(info, config.finetune.trainable)) if line]
 
 
+def _weights_problems(config: Config) -> list[str]:
+    """Weights that are not there or do not fit the backbone: said now, and not behind hours of extraction. Imports torch."""
+    from pipeline.models.published import initial_tensors, to_trunk
+
+    pretrain = config.pretrain
+    try:
+        tensors, source = initial_tensors(pretrain.backbone, pretrain.init)
+        to_trunk(tensors, pretrain.backbone, source=source, allow_missing=pretrain.init_allow_missing)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
 def check_named_files(config: Config) -> None:
     """Check that everything params.yaml points at is there.
 
@@ -70,6 +83,8 @@ def check_named_files(config: Config) -> None:
     init = config.pretrain.init
     if init not in ("random", "imagenet") and not Path(init).is_file():
         lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
+    elif init != "random" and config.pretrain.backbone in BACKBONES.names():
+        lines += _weights_problems(config)
     lines += method_problems(config)
     if lines:
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"

@@ -23,12 +23,11 @@ from pipeline.checkpoint import (
     export_encoder,
     latest_checkpoint,
     load_checkpoint,
-    load_trunk,
     read_state_dict,
     save_checkpoint,
 )
 from pipeline.errors import CheckpointError
-from pipeline.models.backbones import build_backbone, imagenet_state
+from pipeline.models.backbones import build_backbone
 
 MARK = "0123456789abcdef"
 
@@ -188,70 +187,6 @@ def test_read_state_dict__messages(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "tensor.pt")
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "module.encoder_q.", "encoder_q.", "module.", "backbone.", "encoder.", "module.backbone."]
-)
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-def test_load_trunk__finds_the_prefix_of_known_programs(tmp_path: Path, prefix: str, wrapper: str | None) -> None:
-    """MoCo's and UCL's file: the query trunk among key networks, heads and queues, never the key trunk."""
-    source, _ = build_backbone("resnet10", 1)
-    tensors = {prefix + name: value for name, value in source.state_dict().items()}
-    extra = {
-        prefix + "fc.0.weight": torch.ones(2, 2),
-        "module.queue": torch.ones(3),
-        "module.encoder_k.conv1.weight": torch.zeros(64, 3, 7, 7),
-    }
-    torch.save({"epoch": 3, wrapper: tensors | extra} if wrapper else tensors | extra, tmp_path / "x.pth")
-    target, _ = build_backbone("resnet10", 2)
-    report = load_trunk(target, read_state_dict(tmp_path / "x.pth"), "x.pth")
-    assert report.prefix == prefix
-    assert report.matched == len(tensors)
-    assert set(report.ignored) == set(extra)
-    assert f"{len(tensors)} tensors of the trunk loaded (prefix '{prefix}'), 3 others not used: " in str(report)
-    for name, value in source.state_dict().items():
-        assert torch.equal(target.state_dict()[name], value), name
-
-
-def test_load_trunk__official_ucl_checkpoint_of_resnet50() -> None:
-    """318 trunk tensors in a file of the published layout."""
-    network, _ = build_backbone("resnet50")
-    names = torchvision.models.resnet50().state_dict()
-    tensors = {
-        f"module.{part}.{k}": v
-        for part in ("encoder_q", "encoder_k")
-        for k, v in names.items()
-        if not k.startswith("fc.")
-    }
-    report = load_trunk(network, tensors, "checkpoint_0059.pth.tar")
-    assert (report.matched, report.prefix) == (318, "module.encoder_q.")
-
-
-def test_load_trunk__wrong_architecture_loads_nothing() -> None:
-    small, _ = build_backbone("resnet10", 0)
-    before = {k: v.clone() for k, v in small.state_dict().items()}
-    with pytest.raises(
-        CheckpointError, match=r"resnet50\.pth is of another architecture: .*instead of.*Check pretrain\.backbone"
-    ):
-        load_trunk(small, build_backbone("resnet50")[0].state_dict(), "resnet50.pth")
-    with pytest.raises(
-        CheckpointError,
-        match=r"does not fit this backbone: \d+ of \d+ tensors are missing, for example .*Check pretrain\.backbone",
-    ):
-        load_trunk(build_backbone("resnet18")[0], before, "resnet10.pth")
-    with pytest.raises(CheckpointError, match="The file has names such as blocks.0.attn"):
-        load_trunk(small, {"blocks.0.attn": torch.ones(2)}, "vit.pth")
-    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
-
-
-def test_load_trunk__old_files_without_batch_norm_counters() -> None:
-    source, _ = build_backbone("resnet10", 1)
-    target, _ = build_backbone("resnet10", 2)
-    load_trunk(
-        target, {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}, "old.pth"
-    )
-    assert torch.equal(target.conv1.weight, source.conv1.weight)
-
-
 def test_export_encoder__plain_torchvision_names(tmp_path: Path) -> None:
     """Loads into torchvision's own network with only `fc` missing, also from channels-last memory."""
     network, features = build_backbone("resnet18", 3)
@@ -266,27 +201,6 @@ def test_export_encoder__plain_torchvision_names(tmp_path: Path) -> None:
     torch.testing.assert_close(plain.eval()(images), network.eval()(images))
     assert features == 512
     assert json.loads((tmp_path / "card.json").read_text()) == {"backbone": "resnet18"}
-
-
-def test_imagenet_state__never_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(
-        CheckpointError,
-        match=r"pretrain\.init: imagenet was asked for, but .*resnet18-f37072fd\.pth does not exist\. On a machine",
-    ):
-        imagenet_state("resnet18")
-    with pytest.raises(
-        CheckpointError, match="imagenet weights do not exist for backbone 'resnet10'. Allowed here: random, or a path"
-    ):
-        imagenet_state("resnet10")
-    folder = tmp_path / "hub/checkpoints"
-    folder.mkdir(parents=True)
-    (folder / "resnet18-f37072fd.pth").write_bytes(b"half a download")
-    with pytest.raises(CheckpointError, match=r"resnet18-f37072fd\.pth is "):
-        imagenet_state("resnet18")
-    torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
-    network, _ = build_backbone("resnet18")
-    assert load_trunk(network, imagenet_state("resnet18"), "imagenet weights").ignored == ["fc.bias", "fc.weight"]
 
 
 def test_save_tensors__equal_tensors_give_equal_bytes(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.checkpoint import KeyReport, export_encoder, latest_checkpoint, load_trunk, read_state_dict, save_checkpoint, save_tensors
+from pipeline.checkpoint import export_encoder, latest_checkpoint, save_checkpoint, save_tensors
 from pipeline.config import Config
 from pipeline.data.frames import FrameCache
 from pipeline.data.loader import ClipLoader, SamplingPlan
@@ -29,7 +29,8 @@ from pipeline.data.transforms import working_size
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.files import write_curves
 from pipeline.methods.base import ClipBatch, Method, MethodContext, Progress
-from pipeline.models.backbones import build_backbone, imagenet_state
+from pipeline.models.backbones import build_backbone
+from pipeline.models.published import KeyReport, initial_tensors, load_trunk
 from pipeline.registry import METHODS
 from pipeline.reproducibility import collect_rng_states, restore_rng_state, seed_everything
 from pipeline.training.inputs import PretrainInputs
@@ -44,10 +45,8 @@ def initial_backbone(config: Config) -> tuple[nn.Module, int, KeyReport | None]:
     backbone, features = build_backbone(config.pretrain.backbone, config.pretrain.seed, config.pretrain.image_size)
     if config.pretrain.init == "random":
         return backbone, features, None
-    if config.pretrain.init == "imagenet":
-        return backbone, features, load_trunk(backbone, imagenet_state(config.pretrain.backbone), "imagenet weights")
-    path = Path(config.pretrain.init)
-    return backbone, features, load_trunk(backbone, read_state_dict(path), path.name)
+    tensors, source = initial_tensors(config.pretrain.backbone, config.pretrain.init)
+    return backbone, features, load_trunk(backbone, tensors, source, allow_missing=config.pretrain.init_allow_missing)
 
 
 class StepModule(nn.Module):
@@ -152,6 +151,11 @@ class Pretraining:
             raise PipelineError(
                 f"pretrain.batch_size: {params.batch_size} gives each forward pass one image, and pretrain.image_size {params.image_size} "
                 f"ends in one pixel: batch norm has nothing to average. Use at least {2 * parts} samples, or images above 32 pixels."
+            )
+        if params.batch_size < 2 * parts and any(isinstance(part, nn.BatchNorm1d) for part in self.method.networks.modules()):
+            raise PipelineError(
+                f"pretrain.batch_size: {params.batch_size} gives each forward pass one sample ({world} processes x {params.accumulate} "
+                f"micro-batches), and the batch norm in the head of {params.method} has nothing to average. Use at least {2 * parts}."
             )
         return warnings
 
@@ -261,7 +265,8 @@ class Pretraining:
             if norm is not None:
                 self._add("gradient_norm", norm, 1)
             self._add("learning_rate", rate, 1)
-            self._add("chance_loss", self.method.chance_loss(progress), 1)
+            if (chance := self.method.chance_loss(progress)) is not None:
+                self._add("chance_loss", chance, 1)
             bar.update()
             self._maybe_save(stop)
         rate, seconds = throughput.read()
@@ -330,6 +335,7 @@ class Pretraining:
         card = {
             "schema": 1, "fingerprint": inputs.fingerprint, "method": params.method, "backbone": params.backbone,
             "init": params.init if params.init in ("random", "imagenet") else "weights file",
+            "init_format": self.init_report.format if self.init_report else None,
             "init_report": str(self.init_report) if self.init_report else None,
             "image_size": params.image_size, "normalization": self.config.method_params.augmentation.normalization,
             "epochs": params.epochs if self.method.trains else 0, "steps": self.epoch * self.context.steps_per_epoch,
