@@ -34,7 +34,7 @@ def accepted(tmp_path: Path, text: str) -> Config:
 def test_load_config__the_shipped_file_says_everything() -> None:
     """Valid, and complete: a key that the file does not show cannot be set by `dvc exp run -S key=value`.
 
-    But for `optional` sections: empty ones are set as a whole, or with `-S +key=value`.
+    But for `optional` sections: their keys are added with `-S +key=value`.
     """
     config = load_config(ROOT / "params.yaml")
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
