@@ -49,14 +49,15 @@ ORDER = """
     export.facts export.card
     data.frames
     data.loader
+    models.levels
     losses models.heads models.momentum
-    losses_baselines
-    models.vit models.lora
+    losses_baselines losses_msn
+    models.vit models.lora models.patches
     models.backbones
     models.published
     models.classifier
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
-    evaluation.statistics evaluation.predictions evaluation.feature_plots
+    evaluation.statistics evaluation.phases evaluation.predictions evaluation.feature_plots
     evaluation.report
     evaluation.summary evaluation.content
     evaluation.feature_pages

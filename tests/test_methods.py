@@ -31,6 +31,7 @@ FAST = {
     "ucl": {"cross_only_epochs": 0, "momentum": 0.9},
     "moco": {"queue_size": 24, "momentum": 0.9},
     "cycle": {"queue_size": 24},
+    "msn": {"prototypes": 8},
     # The views of the toy set are not augmented: two of one frame are the same image, which leaves nothing to learn.
     **dict.fromkeys(("simsiam", "byol", "barlow", "vicreg"), {"positive_radius": None}),
 }
@@ -238,7 +239,7 @@ def test_chance_loss__is_what_a_constant_head_loses(name: str, store: FrameStore
     Methods without such a number have their smallest loss there, and a spread of 0.
     """
     method = make_method(name, batch=8)
-    for part in ("head", "key_head", "classifier", "prototypes"):
+    for part in ("head", "key_head", "classifier", "levels", "prototypes"):
         if part in method.networks:
             constant(method.networks[part])
     for step, batch in enumerate(batches(method, store, accumulate=2)):

@@ -70,7 +70,7 @@ def assert_same(one, other) -> None:
 # --- exact resume ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ucl", "moco", "simclr"])
+@pytest.mark.parametrize("method", ["ucl", "moco", "simclr", "byol", "dino", "cycle"])
 def test_resume__bit_identical_from_any_step(store: FrameStore, tmp_path: Path, method: str) -> None:
     """3 epochs of 3 steps, stopped in the first step, in the middle of an epoch, at its end, and three times over."""
     config = make_config(tmp_path, pretrain__method=method)
@@ -255,6 +255,11 @@ def test_chance_warning__once_and_behind_the_first_quarter() -> None:
     assert chance_warning([{"epoch": 7, "loss": 0.0, "chance_loss": 0.0}], 8, 0.03) is None, (
         "no negatives, no chance level"
     )
+    flat = [{"epoch": e, "loss": -0.9, "output_spread": spread} for e, spread in enumerate([0.01, 0.5, 0.5, 0.05])]
+    assert chance_warning(flat[:3], 8, 0.03) is None
+    epoch, text = chance_warning(flat, 8, 0.03)
+    assert epoch == 3
+    assert text.startswith("the head maps all images to nearly one point (output_spread 0.050, 1 is spread evenly)")
 
 
 def test_train__head_collapse_is_said_once(store: FrameStore, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -284,6 +289,9 @@ def test_train__batch_that_the_accumulation_does_not_divide(store: FrameStore, t
         match=r"pretrain\.batch_size: 1 gives each forward pass one image.*batch norm has nothing to average",
     ):
         make_run(make_config(tmp_path, pretrain__batch_size=1), store, tmp_path / "a")
+    lonely = make_config(tmp_path, pretrain__batch_size=2, pretrain__accumulate=2, pretrain__image_size=40, pretrain__method="byol")
+    with pytest.raises(PipelineError, match=r"the batch norm in the head of byol has nothing to average\. Use at least 4"):
+        make_run(lonely, store, tmp_path / "a")
 
 
 def test_train__last_batch_of_one_sample(tmp_path: Path) -> None:
@@ -322,6 +330,8 @@ def test_train__metrics_are_logged_once_an_epoch(store: FrameStore, tmp_path: Pa
 def test_epoch_line__is_readable() -> None:
     row = {"epoch": 3, "loss": 1.23456, "chance_loss": 1.609, "embedding_std": 0.5, "images_per_second": 812.4}
     assert epoch_line(row, 16, 75) == "epoch 4/16  loss 1.2346 (chance 1.61)  std 0.50  812 images/s  ETA 1:15"
+    row = {"epoch": 3, "loss": -0.9, "output_spread": 0.81, "images_per_second": 812.4}
+    assert epoch_line(row, 16, 75) == "epoch 4/16  loss -0.9000  spread 0.81  812 images/s  ETA 1:15"
 
 
 def test_initial_backbone__same_in_every_process_and_from_a_file(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClipBatch", "PairParams", "ViewRule", "anchor_interval", "decay_factor", "distance_window", "draw_indices", "draw_pair", "interpolate",
-    "mixed_pair", "negative_candidates", "pair_views", "positive_candidates", "sample_triple", "sample_weights",
+    "mixed_pair", "negative_candidates", "pair_views", "positive_candidates", "sample_triple", "sample_weights", "two_frames",
 ]
 
 Decay = Literal["cosine", "cosine_compounded", "steps", "none"]
@@ -58,6 +58,17 @@ class ClipBatch:
         """The same batch on another device."""
         frames, numbers = ({name: x.to(device) for name, x in part.items()} for part in (self.frames, self.numbers))
         return ClipBatch(frames, self.video.to(device), self.label.to(device), numbers)
+
+
+def two_frames(num_frames: int, radius: int | None, rng: np.random.Generator) -> np.ndarray:
+    """A frame, and another at most `radius` away (None: anywhere in the video). int64 [2].
+
+    Both are the same frame with radius 0, and in a video of one frame.
+    """
+    first = int(rng.integers(num_frames))
+    if radius == 0 or num_frames == 1:
+        return np.repeat(first, 2)
+    return np.append(first, draw_indices(positive_candidates(num_frames, first, radius or num_frames), 1, rng))
 
 
 def anchor_interval(num_frames: int, anchor_range: tuple[float, float] = (0.2, 0.5)) -> tuple[int, int]:

@@ -235,12 +235,11 @@ class PairMethod(Method):
 
     @classmethod
     def problems(cls, params: PairParams, setting: Setting) -> list[str]:
-        if setting.batch_size < 2:
-            return [
-                f"pretrain.batch_size: {setting.batch_size} sample a forward pass (batch_size / accumulate) leaves nothing to average for "
-                f"the batch norm of the projection head. Use at least 2, better 32."
-            ]
-        return []
+        line = (
+            f"pretrain.batch_size: {setting.batch_size} sample a forward pass (batch_size / accumulate) leaves the batch norm of the "
+            f"projection head nothing to average. Use at least 2, better 32."
+        )
+        return [line] if setting.batch_size < 2 else []
 
     def two_outputs(self, batch: ClipBatch, prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of trunk and head for the first and the second view, [B, D] each."""
@@ -255,10 +254,11 @@ def slow_twin_warning(key: str, momentum: float, steps: int, rising: bool = Fals
     if moved >= 0.5:
         return []
     better = max(0.9, round(1 - (10 if rising else 5) / max(steps, 1), 3))
-    return [
+    line = (
         f"{key} = {momentum}: in {steps} steps the momentum network moves only {moved:.0%} of the way to the trained one, so its outputs "
         f"stay close to the initialisation's. Consider {better}."
-    ]
+    )
+    return [line]
 
 
 class MomentumMethod(Method):

@@ -6,12 +6,13 @@ Both belong to the resumable state of a run, not to exported weights.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Literal
 
 import torch
 from torch import nn
 
-__all__ = ["EmbeddingBank", "ema_update", "momentum_copy"]
+__all__ = ["EmbeddingBank", "cosine_momentum", "ema_update", "momentum_copy"]
 
 
 def momentum_copy(network: nn.Module) -> nn.Module:
@@ -32,6 +33,15 @@ def ema_update(key: nn.Module, query: nn.Module, momentum: float) -> None:
     keys, queries = list(key.parameters()), list(query.parameters())
     torch._foreach_mul_(keys, momentum)
     torch._foreach_add_(keys, queries, alpha=1.0 - momentum)
+
+
+def cosine_momentum(start: float, step: int, steps: int) -> float:
+    """Momentum of a step of a run of `steps`: `start` at step 0, rising to 1 along a half cosine.
+
+    1 - (1 - start)(cos(pi step / steps) + 1) / 2 (BYOL, Grill et al., NeurIPS 2020, section 3.2; DINO uses the same).
+    """
+    progress = min(max(step, 0), steps) / max(steps, 1)
+    return 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2
 
 
 class EmbeddingBank:

@@ -60,14 +60,20 @@ def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, rate: float
     """(epoch, sentence) for the first epoch behind the first quarter of training whose mean loss is not 1 % below chance.
 
     Statistics of the backbone cannot show this: the head alone may map all images to one point while the backbone still
-    spreads them.
+    spreads them. A method without a chance level (SimSiam, BYOL) is asked for the spread of its head's outputs instead.
 
     Args:
-        rows: curves so far, with `epoch`, `loss` and `chance_loss`. epochs: of the whole run. rate: the given learning rate.
+        rows: curves so far, with `epoch`, `loss`, and `chance_loss` or `output_spread`. epochs: of the whole run. rate: the given
+            learning rate.
     """
     for row in rows:
-        chance = row["chance_loss"]
-        if 4 * row["epoch"] >= epochs and chance > 0 and row["loss"] >= 0.99 * chance:
+        chance, late = row.get("chance_loss"), 4 * row["epoch"] >= epochs
+        if chance is None and late and row.get("output_spread", 1) < 0.1:
+            return int(row["epoch"]), (
+                f"the head maps all images to nearly one point (output_spread {row['output_spread']:.3f}, 1 is spread evenly): its loss is "
+                f"low because it has collapsed. Lower pretrain.optimizer.lr (now {rate:g}) or use larger batches."
+            )
+        if chance is not None and late and chance > 0 and row["loss"] >= 0.99 * chance:
             return int(row["epoch"]), (
                 f"the loss ({row['loss']:.3f}) has not left chance level ({chance:.3f}) after a quarter of training: the network does "
                 f"not tell the positive from the negatives. Lower pretrain.optimizer.lr (now {rate:g}), take adamw at 0.001, or raise the "
@@ -96,8 +102,9 @@ class Throughput:
 
 def epoch_line(row: dict[str, float | None], epochs: int, remaining: float) -> str:
     """One line for the log: what happened, what is normal, how long it still takes."""
-    parts = [f"epoch {int(row['epoch'] or 0) + 1}/{epochs}", f"loss {row['loss']:.4f} (chance {row['chance_loss']:.2f})"]
-    for name, label in (("embedding_std", "std"), ("effective_rank", "rank"), ("knn_balanced_accuracy", "kNN")):
+    chance = "" if row.get("chance_loss") is None else f" (chance {row['chance_loss']:.2f})"
+    parts = [f"epoch {int(row['epoch'] or 0) + 1}/{epochs}", f"loss {row['loss']:.4f}{chance}"]
+    for name, label in (("output_spread", "spread"), ("embedding_std", "std"), ("effective_rank", "rank"), ("knn_balanced_accuracy", "kNN")):
         if row.get(name) is not None:
             parts.append(f"{label} {row[name]:.2f}")
     minutes, seconds = divmod(int(remaining), 60)
