@@ -192,7 +192,7 @@ def soft_targets(
     hard = F.one_hot(labels.clamp(min=0), classes).double()
     if form == "sum_to_one":
         return (1 - alpha) * hard + (1 - hard) * (alpha / max(classes - 1, 1))
-    return torch.where(rows > 1, (1 - alpha) * hard + alpha / (rows - 1).clamp(min=1), hard)
+    return torch.where(rows > 1, (1 - alpha) * hard + alpha / (rows - 1).clamp(min=1).double(), hard)
 
 
 def softened_cross_entropy(

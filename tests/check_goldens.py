@@ -16,11 +16,13 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
+import goldens_hico
+import goldens_msn
 import goldens_ucl
 import torch
 from golden_tools import Mismatch
 
-SUITES: tuple[ModuleType, ...] = (goldens_ucl,)
+SUITES: tuple[ModuleType, ...] = (goldens_ucl, goldens_hico, goldens_msn)
 
 
 def check_folder(folder: Path, suite: ModuleType) -> tuple[int, int]:

@@ -1,13 +1,15 @@
-"""How golden arrays are compared: relative to the largest entry of an array, or exactly."""
+"""How golden arrays are compared (relative to the largest entry of an array, or exactly), and weights and images made by formula."""
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["Mismatch", "close", "exact", "tensor"]
+__all__ = ["Mismatch", "close", "exact", "formula_image", "formula_weight", "tensor"]
 
 
 class Mismatch(AssertionError):
@@ -37,3 +39,32 @@ def exact(name: str, got: Any, want: Any) -> None:
 
 def tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
+
+
+def _wave(offset: int) -> np.ndarray:
+    """2 q_m / 10006 - 1 with q_m = (7 m^2 + 13 m + offset) mod 10007: it repeats after 10007 values."""
+    m = np.arange(10007, dtype=np.int64)
+    return 2 * ((7 * m * m + 13 * m + offset) % 10007) / 10006 - 1
+
+
+def _repeated(once: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The values, again and again, in row-major order."""
+    return torch.from_numpy(np.resize(once.astype(str(dtype).removeprefix("torch.")), tuple(shape)))
+
+
+def formula_weight(key: str, shape: Sequence[int], salt: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The weight, bias or statistic that stands for the tensor `key` of a published network (README of its goldens)."""
+    kind = key.rpartition(".")[2]
+    if kind == "num_batches_tracked":
+        return torch.zeros(tuple(shape), dtype=torch.int64)
+    wave = _wave(zlib.crc32(key.encode()) % 10007 + 1000 * salt)
+    if kind == "weight" and len(shape) != 1:
+        fan_in = np.prod(shape, dtype=np.int64) / shape[0]
+        return _repeated(np.sqrt(6 / fan_in) * wave, shape, dtype)
+    scale, shift = {"running_var": (0.2, 1.0), "running_mean": (0.1, 0.0), "bias": (0.05, 0.0), "weight": (0.1, 1.0)}[kind]
+    return _repeated(shift + scale * wave, shape, dtype)
+
+
+def formula_image(number: int, shape: Sequence[int], salt: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Image `number` (0-based) of shape [C, H, W]."""
+    return _repeated(_wave(100 * (number + 1) + 1000 * salt), shape, dtype)

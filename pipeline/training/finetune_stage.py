@@ -74,7 +74,7 @@ def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: di
     code = code_digest(
         "training/finetune.py", "training/finetune_stage.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
         "models/catalog.py", "models/vit.py", "models/published.py", "models/lora.py",
-        "models/heads.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
+        "models/levels.py", "models/heads.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
         "evaluation/metrics.py",
     )
     finetune = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})
@@ -131,7 +131,9 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
 
 def _encoder_facts(encoder: dict[str, Any]) -> dict[str, Any]:
     """The part of a card that says where the trunk comes from."""
+    start = encoder.get("init_format") or encoder.get("init", "random")
     return {
+        "pretrain_init": f"{start} file" if encoder.get("init") == "weights file" else start,
         "pretrain_groups": encoder.get("groups", []), "pretrain_scope": encoder.get("scope", "none"),
         "method": encoder.get("method", "random"), "pretrain_init": encoder.get("init", "random"), "encoder_fingerprint": encoder.get("fingerprint"),
     }

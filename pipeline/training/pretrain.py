@@ -92,6 +92,8 @@ class Pretraining:
             frames, np.array(inputs.targets, np.int64), plan, rank=distributed.rank(), world=distributed.world_size(), threads=threads
         )
         backbone, features, self.init_report = initial_backbone(config)
+        if self.init_report and distributed.is_main():
+            print(f"pretrain.init: {self.init_report}", flush=True)
         self.context = MethodContext(
             features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed, params.image_size,
             len(inputs.target_classes),

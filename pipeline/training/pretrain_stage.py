@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.data.splits import Splits
 from pipeline.errors import ConfigError
+from pipeline.export.facts import about, find_weights, input_facts
 from pipeline.files import alone_in, copy_into, read_json, scratch_folder, write_json
 from pipeline.launch import is_worker, launch, process_count, threads_per_process, worker_rank
 from pipeline.methods.base import Setting
@@ -107,11 +108,14 @@ def _hand_over(config: Config, fold: int, inputs: PretrainInputs, done: Path, tr
     card |= {
         "fold": fold, "scope": config.pretrain.scope, "transductive": config.pretrain.scope == "all",
         "groups": sorted(set(inputs.groups)), "too_short": inputs.left_out,
+        "preprocessing": input_facts(config, config.method_params.augmentation),
     }
     write_json(output / "card.json", card)
     tracker.log_dataset(f"pretraining videos fold {fold}", card["fingerprint"], card["videos"], "pretraining")
     tracker.log_metrics({f"final.{k}": v for k, v in card["final"].items() if isinstance(v, int | float)})
+    if card.get("init_report"):
+        tracker.log_params({"init_format": card["init_format"], "init_report": card["init_report"]})
     tracker.log_metrics({"train.seconds": card["seconds"], "train.steps": card["steps"], "train.videos": card["videos"]})
     tracker.log_artifact(output / "curves.csv")
-    tracker.log_model_files(output, "encoder")
+    tracker.log_model(done / "encoder.safetensors", about(find_weights(output)), "encoder")
     tracker.write_sidecar(Path(f"reports/runs/pretrain-fold{fold}.json"), fingerprint=card["fingerprint"])
