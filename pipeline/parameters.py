@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -209,12 +208,11 @@ class AugmentationParams(Section):
     """`imagenet`: mean .485 .456 .406, std .229 .224 .225; `uscl`: mean 0.5, std 0.25."""
     optional: OptionalViewParams = Field(default_factory=OptionalViewParams)
 
-    @cached_property
+    @property
     def plain(self) -> bool:
-        """Whether a view needs no random numbers beyond crop, flip, brightness, contrast and blur."""
-        off = self.optional.model_dump(exclude={"trim_border"}) == OptionalViewParams().model_dump(exclude={"trim_border"})
-        colour = self.saturation or self.hue or self.grayscale or self.solarize
-        return off and not colour and self.jitter_style == "linear"
+        """Whether a view needs nothing beyond crop, flip, brightness, contrast and blur."""
+        rare, o = self.jitter_style != "linear" or self.saturation or self.hue or self.grayscale or self.solarize, self.optional
+        return not (rare or o.sharpen or o.rotation or o.shift or o.bezier or o.cutout_holes or o.outpaint or o.randaugment)
 
     @model_validator(mode="after")
     def _ranges(self) -> AugmentationParams:

@@ -7,8 +7,8 @@ and sends a quarter of the bytes to a GPU. What a view has beyond crop, flip, br
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -57,8 +57,7 @@ class Look:
     """Seed of the noise and its windows."""
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """One way to look at a frame: crop box in pixels of the working frame, flip, gain, offset, blur."""
 
     left: int
@@ -191,7 +190,7 @@ def frame_view(augmentation: AugmentationParams, rng: np.random.Generator, frame
         return draw_view(augmentation, rng, frame.shape[:2], size)
     left, top, width, height = content_box(frame)
     view = draw_view(augmentation, rng, (height, width), size)
-    return replace(view, left=view.left + left, top=view.top + top)
+    return view._replace(left=view.left + left, top=view.top + top)
 
 
 def evaluation_view(shape: tuple[int, int], size: int) -> View:
@@ -206,8 +205,8 @@ def render(frame: np.ndarray, view: View, size: int, out: np.ndarray) -> None:
     if image.shape[:2] != (size, size):
         # Linear: the working size keeps the shrink below two, where area averaging would cost seven times as much. Only
         # small views of frames that are held for larger ones shrink more.
-        small = min(image.shape[:2]) > 2 * size
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if small else cv2.INTER_LINEAR)
+        far = view.width > 2 * size and view.height > 2 * size
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if far else cv2.INTER_LINEAR)
     if view.flip:
         image = cv2.flip(image, 1)
     if view.gain != 1.0 or view.offset != 0.0:
