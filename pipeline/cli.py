@@ -1,6 +1,6 @@
 """The `sonoscope` command, and `run_stage`, which gives every file of stages/ the same exit codes and error text.
 
-    sonoscope doctor | check | preset [NAME] | compare EXP EXP | sync | ui        (or: python -m pipeline.cli doctor)
+    sonoscope doctor | check | preset [NAME] | compare EXP EXP | export WEIGHTS | sync | ui        (or: python -m pipeline.cli doctor)
 
 Exit codes: 0 done; 1 a bug of Sonoscope (traceback kept), or `doctor` found a problem; 2 a mistake that the message
 explains (parameters, data, arguments); 130 interrupted. Each sub-command imports what it needs, so that this module
@@ -134,6 +134,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from pipeline.export.formats import export
+
+    print("\n".join(export(arguments.weights, arguments.to, arguments.out, image_size=arguments.image_size, opset=arguments.opset)))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sonoscope",
@@ -168,6 +175,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
     compare.set_defaults(run=_compare)
+
+    export = commands.add_parser(
+        "export",
+        help="write an encoder or classifier for torchvision, timm, safetensors or ONNX, with a model card",
+        description="WEIGHTS: a folder such as models/encoders/fold0 or models/finetuned/pretrained-seed0-fold0, or the weights file in it.",
+    )
+    export.add_argument("weights", type=Path, metavar="WEIGHTS")
+    export.add_argument("--to", required=True, choices=["torchvision", "timm", "safetensors", "onnx"])
+    export.add_argument("--out", type=Path, help="file to write (default: exports/<folder>-<form>/<backbone>-<kind>.<suffix>)")
+    export.add_argument("--image-size", type=int, help="side of the images in pixels (default: that of training)")
+    export.add_argument("--opset", type=int, help="ONNX operator set (default: torch's)")
+    export.set_defaults(run=_export)
 
     ui = commands.add_parser("ui", help="open MLflow on this project's store (127.0.0.1 only)")
     ui.add_argument("--port", type=int, default=5000)

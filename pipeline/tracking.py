@@ -68,8 +68,8 @@ class NullTracker:
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Log a file, or a folder under its own name, into `folder` of the run's artifacts."""
 
-    def log_model_files(self, folder: Path, name: str) -> None:
-        """Log the files of `folder` as artifacts `models/<name>/`."""
+    def log_model(self, weights: Path, about: Mapping[str, Any], name: str) -> None:
+        """Log a weights file as an MLflow model that scores pictures; `about` as `pipeline.export.facts.about` gives it."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of this stage's run."""
@@ -124,7 +124,7 @@ class Tracker(NullTracker):
         self._lost = 0
         self._staged = 0
         self._session = uuid.uuid4().hex
-        self._seconds = config.tracking.flush_seconds
+        self._seconds, self._models = config.tracking.flush_seconds, config.tracking.models
         self._open_event = self._describe(config)
         self._journal: Journal | None = None
         self._courier: Courier | None = None
@@ -249,7 +249,8 @@ class Tracker(NullTracker):
         if tags:
             self._emit({"op": "tags", "t": _now(), "to": to, "tags": flatten(tags)})
 
-    def _artifact_event(self, path: Path, folder: str, to: str, *, contents: bool = False) -> None:
+    def _staged_event(self, path: Path, event: dict[str, Any], to: str) -> None:
+        """An event with a file or folder, which is kept beside the journal until it is delivered."""
         if self._journal is None:
             return
         with self._lock:
@@ -260,8 +261,7 @@ class Tracker(NullTracker):
         except OSError as error:
             warn(f"artifact {Path(path).name} cannot be read ({type(error).__name__}); it is not logged")
             return
-        event = {"op": "artifact", "t": _now(), "to": to, "path": str(place), "folder": folder, "staged": str(staged)}
-        self._emit({**event, "contents": contents})
+        self._emit({**event, "t": _now(), "to": to, "path": str(place), "staged": str(staged)})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         self._params_event(params, "run")
@@ -274,10 +274,11 @@ class Tracker(NullTracker):
                     self.headline[key] = value
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        self._artifact_event(path, folder, "run")
+        self._staged_event(path, {"op": "artifact", "folder": folder}, "run")
 
-    def log_model_files(self, folder: Path, name: str) -> None:
-        self._artifact_event(folder, f"models/{name}", "run", contents=True)
+    def log_model(self, weights: Path, about: Mapping[str, Any], name: str) -> None:
+        if self._models:
+            self._staged_event(weights, {"op": "model", "name": name, "about": dict(about)}, "run")
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._tags_event(tags, "run")
@@ -293,7 +294,7 @@ class Tracker(NullTracker):
         self._metrics_event(metrics, step, "parent")
 
     def log_parent_artifact(self, path: Path, folder: str = "") -> None:
-        self._artifact_event(path, folder, "parent")
+        self._staged_event(path, {"op": "artifact", "folder": folder}, "parent")
 
     def set_parent_tags(self, tags: Mapping[str, str]) -> None:
         self._tags_event(tags, "parent")

@@ -18,11 +18,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config import Config, fingerprint
+from pipeline.config import Config, fingerprint, pretraining_name
 from pipeline.files import hash_file
 
 __all__ = [
-    "ExecutionFacts", "environment_tags", "execution_facts", "flatten", "gpu_tags", "readable", "shown_params", "slug",
+    "ExecutionFacts", "environment_tags", "execution_facts", "flatten", "git_revision", "gpu_tags", "readable", "shown_params", "slug",
     "stage_params",
 ]
 
@@ -120,10 +120,15 @@ def _git(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout.strip()
 
 
+def git_revision() -> str:
+    """The commit of the working copy; empty outside of git."""
+    code, head = _git("rev-parse", "HEAD")
+    return head if code == 0 else ""
+
+
 def execution_facts(config: Config) -> ExecutionFacts:
     """Collect what identifies this execution: the same in every stage process of one `dvc repro` or `dvc exp run`."""
-    code, head = _git("rev-parse", "HEAD")
-    head = head if code == 0 else ""
+    head = git_revision()
     dirty = _git("diff", "--quiet", "HEAD", "--", ".", *GENERATED)[0] == 1 if head else False
     experiment = os.environ.get("DVC_EXP_NAME", "")
     determining = config.model_dump(mode="json", exclude={"tracking": True, "launch": True, "methods": True})
@@ -131,6 +136,7 @@ def execution_facts(config: Config) -> ExecutionFacts:
     determining["data"].pop("pseudonym_key", None)
     method = config.pretrain.method
     block = config.methods.get(method, {})
+    called = pretraining_name(method, config.pretrain.init)
     params_hash = fingerprint(determining, block)
     tags = {
         "dvc.experiment": experiment or "workspace",
@@ -140,13 +146,13 @@ def execution_facts(config: Config) -> ExecutionFacts:
         "mlflow.source.git.commit": head,
         "mlflow.source.name": "dvc exp run" if experiment else "dvc repro",
         "mlflow.source.type": "LOCAL",
-        "method": method,
+        "method": called,
         "scope": config.pretrain.scope,
         "sonoscope.params": params_hash,
     }
     return ExecutionFacts(
         key=fingerprint(experiment or "workspace", params_hash, head),
-        name=f"{method} {experiment or params_hash[:7]}",
+        name=f"{called} {experiment or params_hash[:7]}",
         tags={key: value for key, value in tags.items() if value},
         params=shown_params(config),
     )

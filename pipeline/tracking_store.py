@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from pipeline.files import atomic_write
 from pipeline.tracking_journal import FOLDER, file_lock
+from pipeline.tracking_model import build_model, put_files
 
 __all__ = ["Deliverer", "cleaned_key", "default_uri", "resolve_uri"]
 
@@ -34,6 +36,7 @@ CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -102,7 +105,7 @@ class Deliverer:
                 self._apply_or_refuse([event for _, event in batch], batch[-1][0])
                 done += len(batch)
                 self.state.update(offset=batch[-1][0], t=batch[-1][1]["t"])
-                if any(event["op"] in ("open", "artifact", "end") for _, event in batch):
+                if any(event["op"] in ("open", "artifact", "model", "end") for _, event in batch):
                     self._save()
                     self._unstage(batch[-1][1])
         finally:
@@ -283,14 +286,45 @@ class Deliverer:
         path, folder = Path(event["path"]), event["folder"] or None
         if not path.exists():
             raise FileNotFoundError(f"artifact {path.name} was removed before it was delivered")
-        if path.is_dir() and event["contents"]:
-            self.client().log_artifacts(self._target(event), str(path), folder)
+        self.client().log_artifact(self._target(event), str(path), folder)
+
+    def _on_model(self, events: list[dict[str, Any]]) -> None:
+        event, run_id = events[0], self._target(events[0])
+        weights = Path(event["path"])
+        if not weights.exists():
+            raise FileNotFoundError(f"model {event['name']}: {weights.name} was removed before it was delivered")
+        model = self._logged_model(run_id, event["name"], event["about"])
+        if model.status == "READY":
+            return
+        with tempfile.TemporaryDirectory(dir=event["staged"]) as folder:
+            built = Path(folder) / "model"
+            build_model(built, event["about"], name=event["name"], run_id=run_id, model_id=model.model_id)
+            put_files(built, weights, self.client(), model)
+        self.client().finalize_logged_model(model.model_id, "READY")
+
+    def _logged_model(self, run_id: str, name: str, about: Mapping[str, Any]) -> Any:
+        """The model of this name of a run, tied to the run; created when there is none."""
+        from mlflow.entities import LoggedModelOutput
+
+        client, run = self.client(), self.client().get_run(run_id)
+        experiment = run.info.experiment_id
+        found = client.search_logged_models([experiment], f"name = '{name}' AND source_run_id = '{run_id}'", max_results=1)
+        if found:
+            model = found[0]
         else:
-            self.client().log_artifact(self._target(event), str(path), folder)
+            shown = {"backbone": about["network"]["backbone"], "image_size": about["network"]["image_size"]}
+            shown |= {key: about[key] for key in ("head", "fold", "scope", "stamp") if about[key] is not None}
+            params = {**shown, "method": about["training"].get("method", "random")}
+            model = client.create_logged_model(
+                experiment, name, run_id, {"fingerprint": about["fingerprint"]}, {key: str(value) for key, value in params.items()}, about["kind"]
+            )
+        if model.model_id not in [output.model_id for output in (run.outputs.model_outputs if run.outputs else [])]:
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        return model
 
     @staticmethod
     def _unstage(event: Mapping[str, Any]) -> None:
-        if event["op"] == "artifact":
+        if event["op"] in ("artifact", "model"):
             shutil.rmtree(event["staged"], ignore_errors=True)
 
     def _on_dataset(self, events: list[dict[str, Any]]) -> None:

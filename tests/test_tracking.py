@@ -356,14 +356,6 @@ def test_refused__one_bad_event_does_not_hold_up_the_others(root: Path) -> None:
     assert sync(root)["refused"] == 1
 
 
-def test_model_files__lie_under_models(root: Path) -> None:
-    (root / "encoder").mkdir()
-    (root / "encoder/card.json").write_text("{}")
-    with open_tracker(make_config(), "pretrain") as tracker:
-        tracker.log_model_files(root / "encoder", "encoder-fold0")
-    assert list(root.glob("mlartifacts/*/artifacts/models/encoder-fold0/card.json"))
-
-
 def test_link_skipped__names_the_old_run_and_repeats_its_metrics(root: Path) -> None:
     old = make_config()
     with open_tracker(old, "pretrain", "fold 0", fingerprint="f") as pretrain:

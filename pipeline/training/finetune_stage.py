@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, fingerprint
+from pipeline.config import Config, fingerprint, pretraining_name
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.splits import Fold, Splits
 from pipeline.data.store import FrameStore

@@ -1,0 +1,201 @@
+"""`sonoscope export`: what is written loads in the library it is for and gives the same numbers; the card's own lines run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from weights_kit import GROUPS, make_classifier, make_encoder
+
+from pipeline.cli import main
+from pipeline.errors import CheckpointError, PipelineError
+from pipeline.export.card import load_snippet
+from pipeline.export.facts import about, find_weights
+from pipeline.export.formats import export, load_network, sample_images
+
+torch.set_num_threads(1)
+
+
+def exported(folder: Path, form: str, out: Path, **options: Any) -> tuple[Path, dict[str, Any], str]:
+    """Export and read what was written: the file, the card for programs, the card for people."""
+    export(folder, form, out, **options)
+    return out, json.loads((out.parent / "MODEL_CARD.json").read_text()), (out.parent / "MODEL_CARD.md").read_text()
+
+
+def run_card(text: str, folder: Path, images: np.ndarray) -> np.ndarray:
+    """Run the Python of a card as a reader would: in the folder of the file, with `images`, in a process without our code."""
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert snippet
+    np.save(folder / "images.npy", images)
+    result = "logits" if "logits" in snippet[1] else "features"
+    script = f"import numpy\nimages = numpy.load('images.npy')\n{snippet[1]}\nnumpy.save('result.npy', numpy.asarray({result}))\n"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "result.npy")
+
+
+def wanted(folder: Path, images: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return load_network(find_weights(folder))(images).numpy()
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "head", "form"),
+    [
+        ("encoder", "resnet10", "", "torchvision"), ("encoder", "resnet18", "", "timm"), ("encoder", "vit_tiny", "", "timm"),
+        ("encoder", "vit_tiny", "", "safetensors"), ("classifier", "resnet18", "linear", "torchvision"),
+        ("classifier", "resnet10", "linear", "safetensors"), ("classifier", "resnet18", "mlp", "timm"),
+        ("classifier", "vit_tiny", "mlp", "timm"), ("classifier", "vit_tiny", "linear", "timm"),
+    ],
+)  # fmt: skip
+def test_libraries__the_lines_of_the_card_give_the_same_numbers(tmp_path: Path, kind: str, backbone: str, head: str, form: str) -> None:
+    folder = make_encoder(tmp_path / "in", backbone) if kind == "encoder" else make_classifier(tmp_path / "in", backbone, head)
+    suffix = "safetensors" if form == "safetensors" else "pth"
+    out, _, text = exported(folder, form, tmp_path / f"out/w.{suffix}")
+    images = sample_images(32, "imagenet", 2)
+    assert np.abs(run_card(text, out.parent, images.numpy()) - wanted(folder, images)).max() < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "backbone"), [("encoder", "vit_tiny"), ("classifier", "resnet10")])
+def test_onnx__same_numbers_for_any_batch(tmp_path: Path, kind: str, backbone: str) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = make_encoder(tmp_path / "in", backbone) if kind == "encoder" else make_classifier(tmp_path / "in", backbone, "linear")
+    out, card, text = exported(folder, "onnx", tmp_path / "out/w.onnx")
+    for count in (1, 3):
+        images = sample_images(32, "imagenet", count)[-count:]
+        assert np.abs(run_card(text, out.parent, images.numpy()) - wanted(folder, images)).max() < 1e-4
+    assert "largest difference" in card["export"]["check"]
+
+
+def test_onnx__other_image_size(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = make_encoder(tmp_path / "in", "resnet10")
+    out, card, text = exported(folder, "onnx", tmp_path / "out/w.onnx", image_size=48)
+    images = sample_images(48, "imagenet", 1)
+    assert np.abs(run_card(text, out.parent, images.numpy()) - wanted(folder, images)).max() < 1e-4
+    assert card["preprocessing"]["size"] == 48 and "48, 48" in text
+
+
+def test_onnx__a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(PipelineError, match=r'onnxruntime.*pip install "sonoscope\[export\]"'):
+        export(make_encoder(tmp_path / "in", "resnet10"), "onnx", tmp_path / "out/w.onnx")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_onnx__other_numbers_are_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("pipeline.export.formats._run_onnx", lambda data, images: np.full((len(images), 512), 0.5, np.float32))
+    with pytest.raises(PipelineError, match="other numbers"):
+        export(make_encoder(tmp_path / "in", "resnet10"), "onnx", tmp_path / "out/w.onnx")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_card__says_what_it_is_and_names_nobody(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path / "in", "resnet10", "linear", pretrain_scope="all", stamp="optimistic (selected on test)")
+    _, card, text = exported(folder, "torchvision", tmp_path / "out/w.pth")
+    for words in ("Transductive", "optimistic (selected on test)", "Not** a medical device", "to be filled in", "grey", "0.485", "a, b"):
+        assert words in text, words
+    assert card["data"] == {"train_patients": 2, "validation_patients": 1, "test_patients": 2, "pretrain_patients": 5}
+    both = text + json.dumps(card)
+    assert not [group for group in GROUPS if group in both] and str(tmp_path) not in both
+    assert card["metrics"] == {} and "evaluate them" in text
+
+
+def test_card__results_only_from_the_report_of_these_weights(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path / "models/finetuned/pretrained-seed0-fold0", "resnet10", "linear")
+    row = "pretrained,0,0,test,v1,P1,3,a,0.25,0.75"
+    (folder / "predictions.csv").write_text(f"init,seed,fold,part,video,patient,frame,label,p_a,p_b\n{row}\n")
+    reports = tmp_path / "reports/evaluate"
+    reports.mkdir(parents=True)
+    block = {"balanced_accuracy": 0.8, "balanced_accuracy_low": 0.6, "balanced_accuracy_high": 0.9, "macro_auroc": 0.85}
+    (reports / "details.json").write_text(json.dumps({"folds": 3, "patients": 20, "confidence": 0.95, "pretrained": {"video": block}}))
+    (reports / "predictions.csv").write_text(f"header\n{row},b,\n")
+    _, card, text = exported(folder, "torchvision", tmp_path / "out/w.pth")
+    assert card["metrics"]["values"]["balanced_accuracy"] == 0.8 and "0.8 (95% interval 0.6 to 0.9)" in text
+    (reports / "predictions.csv").write_text(f"header\n{row.replace('0.75', '0.76')},b,\n")
+    assert about(find_weights(folder))["metrics"] == {}, "a report of other weights"
+
+
+def test_state__plain_tensors_and_own_names(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path / "in", "resnet10", "mlp")
+    out, *_ = exported(folder, "torchvision", tmp_path / "out/w.pth")
+    state = torch.load(out, weights_only=True)
+    assert {name for name in state if name.startswith("fc.")} == {"fc.0.weight", "fc.0.bias", "fc.3.weight", "fc.3.bias"}
+    assert all(type(value) is torch.Tensor for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "form", "options", "words"),
+    [
+        (lambda p: make_encoder(p, "vit_tiny"), "torchvision", {}, "--to timm"),
+        (lambda p: make_encoder(p, "resnet10"), "timm", {}, "timm knows no resnet10"),
+        (lambda p: make_encoder(p, "vit_tiny"), "onnx", {"image_size": 64}, "positions for images of 32"),
+        (lambda p: make_encoder(p, "resnet10"), "onnx", {"image_size": 8}, "at least 32"),
+        (lambda p: make_encoder(p, "resnet10", backbone="resnet11"), "onnx", {}, "resnet11"),
+        (lambda p: make_encoder(p, "resnet10", backbone="resnet18"), "torchvision", {}, "missing"),
+        (lambda p: make_encoder(p, "resnet10", image_size="32); print('x'"), "torchvision", {}, "whole number"),
+        (lambda p: make_classifier(p, "resnet10", "linear", head="mlp"), "torchvision", {}, "do not fit"),
+        (lambda p: p, "onnx", {}, "does not exist"),
+        (lambda p: p.parent, "onnx", {}, "neither of encoder.safetensors"),
+    ],
+)  # fmt: skip
+def test_mistakes__are_named(tmp_path: Path, make: Any, form: str, options: dict[str, Any], words: str) -> None:
+    folder = make(tmp_path / "in")
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        export(folder, form, tmp_path / f"out/w{'.onnx' if form == 'onnx' else '.pth'}", **options)
+    assert not list((tmp_path / "out").glob("*") if (tmp_path / "out").exists() else [])
+
+
+def test_mistakes__card_missing_or_broken(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "in", "resnet10")
+    (folder / "card.json").write_text('{"backbone": "resnet10"}')
+    with pytest.raises(CheckpointError, match="lacks image_size, fingerprint"):
+        find_weights(folder)
+    (folder / "card.json").unlink()
+    with pytest.raises(CheckpointError, match="says what the weights are"):
+        find_weights(folder / "encoder.safetensors")
+
+
+def test_folder__keeps_the_card_of_its_file(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "in", "resnet10")
+    export(folder, "torchvision", tmp_path / "out/a.pth")
+    export(folder, "torchvision", tmp_path / "out/a.pth")
+    with pytest.raises(PipelineError, match="model card of a.pth"):
+        export(folder, "torchvision", tmp_path / "out/b.pth")
+    with pytest.raises(PipelineError, match="ends in .pth"):
+        export(folder, "torchvision", tmp_path / "other/b.onnx")
+
+
+def test_command__writes_below_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make_encoder(tmp_path / "models/encoders/fold0", "resnet10")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "models/encoders/fold0", "--to", "torchvision"]) == 0
+    assert "largest difference" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "exports/fold0-torchvision").iterdir()) == ["MODEL_CARD.json", "MODEL_CARD.md", "resnet10-encoder.pth"]
+    assert main(["export", "models/encoders/fold7", "--to", "onnx"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_pictures__of_the_check_are_seeded_and_not_only_noise() -> None:
+    images = sample_images(64, "uscl")
+    assert torch.equal(images, sample_images(64, "uscl")) and images.shape == (8, 3, 64, 64)
+    smooth = [float((image[:, 1:] - image[:, :-1]).abs().mean()) for image in images[:, 0]]
+    assert max(smooth[4:]) < 0.7 * min(smooth[:4])
+    assert cv2.countNonZero((images[5, 0].numpy() <= -1.99).astype(np.uint8)) > 64, "black outside of the fan"
+
+
+def test_snippet__of_a_head_of_several_levels_is_refused_before(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path / "in", "resnet10", "linear", head="hico_pyramid")
+    table = about(find_weights(folder))
+    assert not table["scorable"] and "onnxruntime" in load_snippet(table, "onnx", "x.onnx")
