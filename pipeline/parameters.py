@@ -161,7 +161,7 @@ class OptionalViewParams(Section):
     trim_border: bool = False
     """Leave the black border of a frame out before the random crop (round endoscope images)."""
     sharpen: int = Field(0, ge=-1, le=5)
-    """Level of USCL's 3 x 3 kernels: -1, 1 weak ... 5 strong; 0 is off. Applied to every view."""
+    """Level of USCL's 3 x 3 kernels: -1 softens, 1 to 5 sharpen, 0 is off. Applied to every view."""
     rotation: float = Field(0.0, ge=0, le=180)
     """Degrees to either side."""
     shift: float = Field(0.0, ge=0, le=0.5)

@@ -1,6 +1,6 @@
 """RandAugment of the published phase recognition (EndoSSL's fine-tuning), on uint8 images with levels of 0 to 255.
 
-The published program hands it levels that were multiplied by 255 twice, which leaves nearly two levels only; the ranges here
+The published program multiplies levels of 0 to 255 by 255 again before, which leaves nearly two levels only; the ranges here
 are those it means. Source: arXiv 1909.13719; operations and ranges as in TensorFlow's model garden.
 """
 
