@@ -374,6 +374,7 @@ def training_table(items: Sequence[Any]) -> Table:
             [
                 item.name,
                 card.method or "–",
+                extra.get("pretrain_init") or "–",
                 card.pretrain_scope,
                 len(card.train_groups),
                 card.selection,
@@ -381,5 +382,5 @@ def training_table(items: Sequence[Any]) -> Table:
                 number(extra.get("seconds"), 0),
             ]
         )
-    columns = ["Model", "Method", "Pretraining scope", "Training groups", "Epoch chosen by", "Epoch", "Seconds"]
+    columns = ["Model", "Method", "Starting weights", "Pretraining scope", "Training groups", "Epoch chosen by", "Epoch", "Seconds"]
     return Table("Fine-tuned models", columns, rows, ["Training groups", "Epoch", "Seconds"])

@@ -135,7 +135,8 @@ def _encoder_facts(encoder: dict[str, Any]) -> dict[str, Any]:
     return {
         "pretrain_init": f"{start} file" if encoder.get("init") == "weights file" else start,
         "pretrain_groups": encoder.get("groups", []), "pretrain_scope": encoder.get("scope", "none"),
-        "method": encoder.get("method", "random"), "pretrain_init": encoder.get("init", "random"), "encoder_fingerprint": encoder.get("fingerprint"),
+        "method": pretraining_name(encoder.get("method", "random"), encoder.get("init", "random")),
+        "encoder_fingerprint": encoder.get("fingerprint"),
     }
 
 

@@ -30,7 +30,7 @@ from pipeline.errors import PipelineError, StoppedError
 from pipeline.files import write_curves
 from pipeline.methods.base import ClipBatch, Method, MethodContext, Progress
 from pipeline.models.backbones import build_backbone
-from pipeline.models.published import KeyReport, initial_tensors, load_trunk
+from pipeline.models.published import KeyReport, initial_tensors, load_trunk, to_extras
 from pipeline.registry import METHODS
 from pipeline.reproducibility import collect_rng_states, restore_rng_state, seed_everything
 from pipeline.training.inputs import PretrainInputs
@@ -329,6 +329,13 @@ class Pretraining:
 
     # --- result ------------------------------------------------------------------------------------------------------
 
+    def _extras(self) -> dict[str, torch.Tensor]:
+        """What goes beside the trunk: the method's own, or, where nothing is trained, that of the weights file."""
+        params = self.config.pretrain
+        if self.method.trains or params.init == "random":
+            return self.method.exports()
+        return to_extras(initial_tensors(params.backbone, params.init)[0])
+
     def export(self, folder: Path) -> None:
         """Write encoder.safetensors, card.json, curves.csv and, where the method has any, extras.safetensors into `folder` (first process)."""
         params, inputs = self.config.pretrain, self.inputs
@@ -349,6 +356,6 @@ class Pretraining:
             "warnings": [*self.warnings, *([stuck[1]] if stuck else [])],
         }
         export_encoder(folder, self.method.backbone.state_dict(), card)
-        if extras := self.method.exports():
+        if extras := self._extras():
             save_tensors(folder / "extras.safetensors", extras, {"schema": 1, "method": params.method})
         write_curves(folder / "curves.csv", self.rows or [{"epoch": 0}])
