@@ -19,10 +19,11 @@ from types import ModuleType
 import goldens_hico
 import goldens_msn
 import goldens_ucl
+import goldens_uscl
 import torch
 from golden_tools import Mismatch
 
-SUITES: tuple[ModuleType, ...] = (goldens_ucl, goldens_hico, goldens_msn)
+SUITES: tuple[ModuleType, ...] = (goldens_ucl, goldens_hico, goldens_uscl, goldens_msn)
 
 
 def check_folder(folder: Path, suite: ModuleType) -> tuple[int, int]:

@@ -225,7 +225,8 @@ def pair_views(params: PairParams, size: int, augmentation: AugmentationParams) 
     """View rules of the roles of `draw_pair` that are not ordinary views, for `Method.views`.
 
     `meta` mixes the images and augments the mixture. Both frames of a view get the same random crop, flip, grey levels and
-    blur here and are mixed afterwards: the same, since these are linear, up to the rounding and clipping to 8 bits.
+    blur here and are mixed afterwards: the same, since these are linear, up to the rounding and clipping to 8 bits. (Changes
+    of hue and the maps among the optional ones are not linear.)
     """
     if params.variant != "meta":
         return {}
