@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
+from pipeline.evaluation.feature_pages import feature_results
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.pages import Results, write_pages
 from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
@@ -62,10 +63,12 @@ def evaluate(
         "patient": aggregate(rows, splits.classes, "patient", how),
     }
     metrics = summarise(config, splits, items, tables)
+    features = feature_results(items, splits, initialisations(metrics), config.evaluate.neighbors)
+    metrics["features"] = features.numbers
     roc = write_tables(output, metrics, splits.classes, tables)
     write_json(output / "metrics.json", compact(metrics))
     write_json(output / "details.json", metrics)
-    results = Results(items, tables, metrics, roc, [*splits.warnings, *warnings], stages)
+    results = Results(items, tables, metrics, roc, [*splits.warnings, *warnings], features, stages)
     write_pages(config, splits, store, results, output)
     return metrics
 
@@ -83,8 +86,10 @@ def _asked_for(config: Config, splits: Splits, folders: Sequence[Path]) -> tuple
         f"{name} is not asked for by finetune.initialisations, finetune.seeds and split.folds, and was left out"
         for name in others
     ]
-    if config.pretrain.init != "random" and "random" in config.finetune.initialisations:
-        start = "ImageNet" if config.pretrain.init == "imagenet" else "given"
+    start = {"imagenet": "ImageNet", "random": "random"}.get(config.pretrain.init, "given")
+    if config.pretrain.method == "random":
+        warnings.append(f"nothing was pretrained (pretrain.method: random): `pretrained` stands for the {start} weights as they are")
+    elif config.pretrain.init != "random" and "random" in config.finetune.initialisations:
         warnings.append(
             f"pretraining started from {start} weights, the comparison network from random ones: the difference holds what "
             "those weights bring as well (an experiment with pretrain.method: random judges them alone)"
@@ -121,7 +126,14 @@ def compact(metrics: Mapping[str, Any]) -> dict[str, Any]:
             "stamp": metrics[init]["stamp"] or "none",
         }
     result["majority"] = {"accuracy": metrics["majority"]["video"]["accuracy"]}
+    result["features"] = {init: _compact_features(numbers) for init, numbers in metrics["features"].items()}
     return result
+
+
+def _compact_features(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("neighbors", "precision", "precision_chance", "same_patient", "same_patient_chance", "silhouette_label", "silhouette_patient")
+    per_class = {name: values["precision"] for name, values in numbers["per_class"].items()}
+    return {name: numbers[name] for name in names} | {"class_precision": per_class}
 
 
 def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -142,6 +154,8 @@ def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         for level in ("video", "patient"):
             for name in METRICS:
                 flat[f"{init}.{level}.{name}"] = metrics[init][level][name]
+    for init, numbers in metrics["features"].items():
+        flat |= {f"{init}.features.{name}": numbers[name] for name in ("precision", "same_patient")}
     return {key: value for key, value in flat.items() if value is not None}
 
 

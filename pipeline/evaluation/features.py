@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 
 from pipeline.data.frames import FrameCache
 from pipeline.data.transforms import evaluation_view, normalize, render
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_write
 
-__all__ = ["collapse_statistics", "embed_frames", "evenly_spaced", "neighbor_accuracy", "render_centre"]
+__all__ = ["collapse_statistics", "embed_frames", "evenly_spaced", "neighbor_accuracy", "render_centre", "write_features"]
+
+FRAMES_KEPT = 4
+"""Frames a video in features.npz: enough for a mean and for neighbours, and cheap beside fine-tuning."""
 
 
 def evenly_spaced(num_frames: int, count: int) -> list[int]:
@@ -47,6 +56,33 @@ def embed_frames(
         parts.append(backbone(normalize(images, normalization)).float().cpu())
     backbone.train(training)
     return torch.cat(parts) if parts else torch.empty(0, 0)
+
+
+def write_features(
+    path: Path, backbone: nn.Module, frames: FrameCache, videos: Sequence[int], *, size: int, device: torch.device, normalization: str
+) -> None:
+    """features.npz of some videos, by their numbers in `frames`: what the report's map and neighbours are made of.
+
+    Arrays: `vectors` float16 [N, F] of length 1, `frame` int32 [N], `owner` int32 [N] (place in `videos`), `videos` [V]
+    ids; four evenly spaced frames a video. Equal features give equal bytes.
+
+    Raises:
+        PipelineError: a feature is not finite.
+    """
+    items = [(video, number) for video in videos for number in evenly_spaced(frames.num_frames(video), FRAMES_KEPT)]
+    vectors = embed_frames(backbone, frames, items, size=size, device=device, normalization=normalization)
+    if not torch.isfinite(vectors).all():
+        raise PipelineError("the encoder's features are not finite: its weights are damaged, or pretraining has diverged.")
+    place = {video: row for row, video in enumerate(videos)}
+    out = io.BytesIO()
+    np.savez(
+        out,
+        vectors=torch.nn.functional.normalize(vectors, dim=1).numpy().astype(np.float16),
+        frame=np.array([number for _, number in items], np.int32),
+        owner=np.array([place[video] for video, _ in items], np.int32),
+        videos=np.array([frames.videos[video].video for video in videos]),
+    )
+    atomic_write(path, out.getvalue())
 
 
 def collapse_statistics(features: torch.Tensor) -> dict[str, float]:

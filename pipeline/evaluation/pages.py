@@ -18,6 +18,7 @@ from pipeline.config import Config
 from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.evaluation import content, plots
+from pipeline.evaluation.feature_pages import FeatureResults, feature_section
 from pipeline.evaluation.predictions import Item
 from pipeline.evaluation.report import (
     METRIC_NAMES,
@@ -54,6 +55,7 @@ class Results:
     roc: pd.DataFrame
     """Columns init, class, fpr, tpr."""
     warnings: Sequence[str]
+    features: FeatureResults
     stages: Sequence[Mapping[str, Any]] = ()
     """Rows of `pipeline.tracking.link_skipped`."""
 
@@ -68,6 +70,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
     wrong, right = content.choose_cases(judged, frames[frames["init"] == first], splits.classes, store)
     patients = tables["patient"][tables["patient"]["init"] == first]
     drawing.gallery(wrong, right)
+    features = feature_section(results.features, splits, store, output / "pictures", metrics["stamp"])
     page = ReportContent(
         title=config.evaluate.title,
         metrics=metrics,
@@ -83,6 +86,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
             "folds": [drawing.folds()],
             "pretraining": drawing.pretraining(items),
             "finetuning": drawing.finetuning(items),
+            "maps": features.maps if features else [],
         },
         tables={
             "comparison": content.comparison_table(metrics, drawing.inits, unit),
@@ -91,6 +95,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
             "patients": [content.patient_table(patients, judged, splits.classes, unit)],
             "data": content.data_tables(splits, store, unit),
             "training": [content.training_table(items)],
+            "features": features.tables if features else [],
             "stages": _stage_table(results.stages),
         },
         wrong=wrong,
@@ -99,6 +104,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         parameters=sorted(shown_params(config).items()),
         commands=COMMANDS,
         warnings=warnings,
+        features=features,
     )
     write_report(output / "report.html", page)
 

@@ -26,14 +26,20 @@ from matplotlib.axes import Axes  # noqa: E402
 from pipeline.files import atomic_write  # noqa: E402
 
 __all__ = [
+    "CLASS_COLORS",
     "DPI",
     "INIT_COLORS",
+    "INK",
+    "MUTED",
+    "RULE",
+    "card",
     "draw_comparison",
     "draw_confusion",
     "draw_curve",
     "draw_folds",
     "draw_gallery",
     "draw_roc",
+    "plain_text",
     "readable",
 ]
 
@@ -74,7 +80,7 @@ def readable(name: str) -> str:
     return name.replace("_", " ").replace("/", " ").strip()
 
 
-def _plain(text: str, width: int = 26) -> str:
+def plain_text(text: str, width: int = 26) -> str:
     """A name from outside as matplotlib text: no mathematics between dollar signs, not longer than `width`."""
     short = textwrap.shorten(text, width, placeholder="…") if " " in text else text
     short = short if len(short) <= width else short[: width - 1] + "…"
@@ -89,7 +95,7 @@ def _on(background: Sequence[float]) -> str:
 
 
 @contextmanager
-def _card(path: Path, stamp: str, **size: Any):
+def card(path: Path, stamp: str, **size: Any):
     """A figure in the house style (keywords as in `plt.figure`), saved with the stamp above it, and always closed."""
     with plt.rc_context(STYLE), warnings.catch_warnings():
         # A class name in a script the font lacks is drawn as boxes; the report's tables show it in full.
@@ -121,10 +127,10 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros_like(matrix), where=total > 0)
     side = 1.3 + (0.98 if len(classes) < 5 else 0.75) * len(classes)
-    with _card(path, stamp, figsize=(side + 0.9, side)) as figure:
+    with card(path, stamp, figsize=(side + 0.9, side)) as figure:
         axes = figure.add_subplot()
         shades = axes.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
-        names = [_plain(name, 18) for name in classes]
+        names = [plain_text(name, 18) for name in classes]
         fits = max(map(len, names)) < (15 if len(classes) < 5 else 9)
         turned = {} if fits else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(range(len(classes)), names, **turned)
@@ -162,7 +168,7 @@ def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[str, float | None]
         areas: AUROC by class, in class order; a class without curve is left out.
     """
     many = len(areas) > 4
-    with _card(path, stamp, figsize=(4.6, 4.6 + (0.3 + 0.12 * len(areas) if many else 0))) as figure:
+    with card(path, stamp, figsize=(4.6, 4.6 + (0.3 + 0.12 * len(areas) if many else 0))) as figure:
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
         for number, (name, area) in enumerate(areas.items()):
@@ -173,7 +179,7 @@ def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[str, float | None]
                     part["tpr"],
                     color=CLASS_COLORS[number % len(CLASS_COLORS)],
                     linestyle=LINES[number % len(LINES)],
-                    label=f"{_plain(name)}  {area:.2f}",
+                    label=f"{plain_text(name)}  {area:.2f}",
                 )
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
         axes.set(xlabel="1 − specificity", ylabel="Sensitivity")
@@ -214,7 +220,7 @@ def draw_folds(
     """
     numbers = sorted(folds["fold"].unique())
     inits = list(pooled["init"])
-    with _card(path, stamp, figsize=(max(6.0, 0.8 * len(numbers) + 2.4), 3.8)) as figure:
+    with card(path, stamp, figsize=(max(6.0, 0.8 * len(numbers) + 2.4), 3.8)) as figure:
         axes = figure.add_subplot()
         axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="guessing")
         for index, init in enumerate(inits):
@@ -243,7 +249,7 @@ def draw_comparison(
     """
     metrics = list(dict.fromkeys(rows["metric"]))
     inits = list(dict.fromkeys(rows["init"]))
-    with _card(path, stamp, figsize=(6.0, 1.5 + 0.7 * len(metrics))) as figure:
+    with card(path, stamp, figsize=(6.0, 1.5 + 0.7 * len(metrics))) as figure:
         axes = figure.add_subplot()
         axes.axvline(chance, color=MUTED, linestyle=":", linewidth=1.2, label=f"guessing ({chance:.2f})")
         for index, init in enumerate(inits):
@@ -306,7 +312,7 @@ def draw_curve(
         groups: initialisation of every run; runs of one initialisation share colour and legend entry.
         chance: a further column drawn dotted, taken from the first run that has it.
     """
-    with _card(path, stamp, figsize=(3.6, 2.7)) as figure:
+    with card(path, stamp, figsize=(3.6, 2.7)) as figure:
         axes = figure.add_subplot()
         labelled: set[str] = set()
         for number, (name, table) in enumerate(curves.items()):
@@ -323,7 +329,7 @@ def draw_curve(
                 linestyle=line,
                 linewidth=1.5,
                 alpha=0.85,
-                label=None if group in labelled else _plain(group),
+                label=None if group in labelled else plain_text(group),
                 marker="." if len(part) < 30 else None,
             )
             labelled.add(group)
@@ -343,7 +349,7 @@ def draw_gallery(path: Path, cases: Sequence[Mapping[str, Any]], title: str, sta
         cases: each with `images` (uint8 arrays [H, W] or [H, W, 3]), `truth`, `predicted`, `probability`, `correct`.
     """
     across = max(len(case["images"]) for case in cases)
-    with _card(path, stamp, figsize=(1.7 * across + 3.0, 1.75 * len(cases) + 0.5)) as figure:
+    with card(path, stamp, figsize=(1.7 * across + 3.0, 1.75 * len(cases) + 0.5)) as figure:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
         grid = figure.add_gridspec(len(cases), across + 1, width_ratios=[1.6, *([1] * across)])
         for row, case in enumerate(cases):
@@ -353,7 +359,7 @@ def draw_gallery(path: Path, cases: Sequence[Mapping[str, Any]], title: str, sta
             text.text(
                 0,
                 0.5,
-                f"{word}\ntruth: {_plain(case['truth'])}\npredicted: {_plain(case['predicted'])}"
+                f"{word}\ntruth: {plain_text(case['truth'])}\npredicted: {plain_text(case['predicted'])}"
                 f"\np = {case['probability']:.2f}",
                 va="center",
                 fontsize=9,

@@ -25,6 +25,7 @@ from pipeline.files import atomic_write
 from pipeline.tracking_context import environment_tags
 
 __all__ = [
+    "FeatureSection",
     "Picture",
     "ReportContent",
     "Table",
@@ -63,6 +64,21 @@ class Table:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class FeatureSection:
+    """What the encoders see before fine-tuning: a sentence of numbers, a warning or "", maps, tables, rows of neighbours.
+
+    A row is {query, neighbors} with image, label, video, frame and patient; neighbours have similarity and same_label too.
+    """
+
+    init: str
+    words: str
+    warning: str
+    maps: Sequence[Picture]
+    tables: Sequence[Table]
+    rows: Sequence[Mapping[str, Any]]
+
+
 @dataclass
 class ReportContent:
     """Everything the page shows. `metrics` is the content of details.json."""
@@ -82,6 +98,7 @@ class ReportContent:
     parameters: Sequence[tuple[str, str]] = ()
     commands: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()
+    features: FeatureSection | None = None
     environment: Sequence[tuple[str, str]] = field(default_factory=lambda: environment())
 
 
