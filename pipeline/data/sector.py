@@ -86,17 +86,11 @@ def _filled(area: np.ndarray) -> np.ndarray:
     return padded[1:-1, 1:-1] != 2
 
 
-def _largest(area: np.ndarray) -> np.ndarray:
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(area.astype(np.uint8), connectivity=8)
-    if count < 2:
-        return np.zeros_like(area)
-    return labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+def _moving_areas(frames: np.ndarray) -> tuple[list[np.ndarray], bool]:
+    """(areas of the picture by size, whether they were told by movement). frames: uint8 [T, h, w] at `WORK`.
 
-
-def _moving_area(frames: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(area of the picture, whether it was told by movement). frames: uint8 [T, h, w] at `WORK`.
-
-    The largest moving area, and what is bright and hangs together with it: parts of the picture may stand still.
+    An area is a piece that moves, with what is bright and hangs together with it: parts of the picture may stand still, and a
+    dark band may divide it. Pieces below a twentieth of the largest are left out.
     """
     flicker = activity(frames)
     moves = flicker > max(FLOOR, 0.15 * float(np.percentile(flicker, 95)))
@@ -105,13 +99,15 @@ def _moving_area(frames: np.ndarray) -> tuple[np.ndarray, bool]:
     # The first opening removes letters, ticks and lines; the second cuts thin bridges to a ruler or a label.
     bright = cv2.morphologyEx((frames.max(0) > DARK).astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
     bright = cv2.morphologyEx(_closed(bright, size), cv2.MORPH_OPEN, _kernel(size))
-    if not by_movement:
-        return _filled(_largest(bright > 0)), False
-    core = cv2.morphologyEx(moves.astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
-    core = _largest(cv2.morphologyEx(_closed(core, size), cv2.MORPH_OPEN, _kernel(size)) > 0)
-    count, labels = cv2.connectedComponents((bright > 0).astype(np.uint8) | core.astype(np.uint8), connectivity=4)
-    held = [number for number in range(1, count) if (core & (labels == number)).sum() > 0.25 * (labels == number).sum()]
-    return _filled(core | np.isin(labels, held)), True
+    core = bright
+    if by_movement:
+        core = cv2.morphologyEx(moves.astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
+        core = cv2.morphologyEx(_closed(core, size), cv2.MORPH_OPEN, _kernel(size))
+    count, labels = cv2.connectedComponents(bright | core, connectivity=4)
+    pieces = [labels == number for number in range(1, count)]
+    pieces = [piece for piece in pieces if (piece & (core > 0)).sum() > 0.25 * piece.sum()]
+    pieces.sort(key=lambda piece: -int(piece.sum()))
+    return [_filled(piece) for piece in pieces if piece.sum() >= 0.05 * pieces[0].sum()], by_movement
 
 
 def _closed(area: np.ndarray, size: int) -> np.ndarray:
@@ -194,6 +190,12 @@ def _start_fans(area: np.ndarray) -> list[Fan]:
     return fans
 
 
+def _coarse(area: np.ndarray) -> np.ndarray:
+    scale = min(1.0, FIT / max(area.shape))
+    size = (max(8, round(area.shape[1] * scale)), max(8, round(area.shape[0] * scale)))
+    return _filled(cv2.resize(area.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0)
+
+
 def _fit_fan(target: _Target) -> tuple[Fan, float]:
     """The fan with the largest overlap with the target (at `FIT`), by pattern search from a few starts."""
     area = target.sure
@@ -257,20 +259,20 @@ def find_sector(frames: np.ndarray, boxes: list[tuple[int, int, int, int]] | Non
         for left, top, right, bottom in boxes:
             inside[top:bottom, left:right] = True
         frames = np.where(inside, frames, 0)
-    small = _shrink(frames, WORK)
-    area, by_movement = _moving_area(small)
-    share = float(area.mean())
+    pieces, by_movement = _moving_areas(_shrink(frames, WORK))
+    share = float(sum(piece.mean() for piece in pieces))
     reasons = []
     if share < 0.02:
-        reason = "nothing moves and nothing is bright" if not by_movement else "hardly anything moves"
+        reason = "hardly anything moves" if by_movement else "nothing moves and nothing is bright"
         return Sector(inside, "free", 0.6 if boxes else 0.0, share, (reason,))
-    scale = FIT / max(area.shape)
-    size = (max(8, round(area.shape[1] * scale)), max(8, round(area.shape[0] * scale)))
-    coarse = cv2.resize(area.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0
-    coarse = _filled(coarse)
-    target = _Target.of(coarse)
-    fan, fan_score = _fit_fan(target)
-    box, box_score = _fit_box(target)
+    area, target = pieces[0], _Target.of(_coarse(pieces[0]))
+    (fan, fan_score), (box, box_score) = _fit_fan(target), _fit_box(target)
+    for piece in pieces[1:]:
+        # A piece beside the largest belongs to the picture if one outline can hold both.
+        both = _Target.of(_coarse(area | piece))
+        (wide_fan, wide_fan_score), (wide_box, wide_box_score) = _fit_fan(both), _fit_box(both)
+        if max(wide_fan_score, wide_box_score) >= max(fan_score, box_score) - 0.04:
+            area, fan, fan_score, box, box_score = area | piece, wide_fan, wide_fan_score, wide_box, wide_box_score
     # A box has fewer freedoms than a fan; a fan with nearly parallel edges can imitate one.
     if box_score >= fan_score - 0.02 and box_score > 0.8:
         geometry, score, mask = "linear", box_score, _box_mask(box, (height, width), margin)
