@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, fingerprint, load_config
+from pipeline.config import Config, fingerprint, load_config, pretraining_name
 from pipeline.errors import ConfigError
 from pipeline.registry import METHODS
 
@@ -47,7 +47,7 @@ def test_load_config__the_shipped_file_says_everything() -> None:
         for key, value in want.items():
             if key not in have:
                 lines.append(prefix + key)
-            elif isinstance(value, dict) and isinstance(have[key], dict) and not (key == "optional" and not have[key]):
+            elif isinstance(value, dict) and isinstance(have[key], dict) and key != "optional":
                 lines += missing(value, have[key], f"{prefix}{key}.")
         return lines
 
@@ -211,3 +211,12 @@ def test_fingerprint__sees_values_not_order(tmp_path: Path) -> None:
     assert fingerprint(config.method_params) != fingerprint(other.method_params)
     assert fingerprint("ab", "c") != fingerprint("a", "bc")
     assert len(fingerprint(config)) == 16
+
+
+def test_pretraining_name__says_from_what() -> None:
+    assert pretraining_name("random", "random") == "random"
+    assert pretraining_name("random", "imagenet") == "imagenet"
+    assert pretraining_name("random", "/private/place/msn.pth") == pretraining_name("random", "weights file") == "weights file"
+    assert pretraining_name("ucl", "random") == "ucl"
+    assert pretraining_name("byol", "imagenet") == "byol from imagenet"
+    assert pretraining_name("dino", "/private/place/msn.pth") == "dino from weights file"

@@ -177,11 +177,10 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _compare(model: type[BaseModel], values: dict[str, Any], place: str) -> Iterator[str]:
-    """Differences between a model and its section; an `optional` section may stay empty (a comment there names its keys)."""
+    """Differences between a model and its section; an `optional` section need not name all keys (a comment there does)."""
     fields = model.model_fields
-    if place.endswith("optional.") and not values:
-        return
-    yield from (f"{place}{key}: in the model, not in params.yaml" for key in fields if key not in values)
+    if not place.endswith("optional."):
+        yield from (f"{place}{key}: in the model, not in params.yaml" for key in fields if key not in values)
     yield from (f"{place}{key}: in params.yaml, not in the model" for key in values if key not in fields)
     for key, field in fields.items():
         inner = _inner_model(field.annotation)

@@ -17,7 +17,7 @@ from pipeline.methods.base import (
     ClipBatch, Method, MethodContext, MethodParams, Progress, Setting, StepOutput, ViewRule, slow_twin_warning,
 )
 from pipeline.models.catalog import describe, names, size_problem
-from pipeline.parameters import AugmentationParams
+from pipeline.parameters import AugmentationParams, OptionalViewParams
 from pipeline.registry import METHODS, LazyModule
 
 if TYPE_CHECKING:
@@ -42,8 +42,12 @@ DROP_BY_WIDTH = {192: 0.15, 384: 0.15, 768: 0.3, 1024: 0.6}
 class MSNParams(MethodParams):
     """Parameters of MSN; defaults are those of the only published recipe (ViT-S/16)."""
 
-    augmentation: AugmentationParams = Field(default_factory=lambda: AugmentationParams(scale=(0.3, 1.0), ratio=(0.75, 4 / 3)))
-    """Of target and random anchors; focal anchors differ by `focal_scale`."""
+    augmentation: AugmentationParams = Field(
+        default_factory=lambda: AugmentationParams(
+            scale=(0.3, 1.0), ratio=(0.75, 4 / 3), optional=OptionalViewParams(trim_border=True)
+        )
+    )
+    """Of target and random anchors; focal anchors differ by `focal_scale`. Without the black border, else some are all black."""
     random_views: int = Field(1, ge=0)
     """Anchors of the full image size, partly masked."""
     focal_views: int = Field(10, ge=0)
