@@ -23,7 +23,8 @@ from pipeline.methods.base import MethodContext, Progress
 from pipeline.methods.hico import HiCo, HiCoParams
 from pipeline.models.backbones import build_backbone
 from pipeline.models.classifier import Classifier
-from pipeline.models.levels import Pyramid, pooled, published_extras, stage_channels, stage_maps
+from pipeline.models.levels import Pyramid, pooled, stage_channels, stage_maps
+from pipeline.models.published import to_extras, to_trunk
 from pipeline.parameters import OptimizerParams
 from pipeline.training.optim import build_optimizer, learning_rate
 
@@ -38,24 +39,17 @@ OFFICIAL: dict[str, Any] = {
 near = partial(close, tolerance=TOLERANCE)
 
 
+PARTS = ("toplayer", "latlayer1", "latlayer2", "latlayer3", "smooth1", "smooth2", "smooth3")
+BESIDE = [f"{part}.{kind}" for part in (*(f"features.{part}" for part in PARTS), "l2", "l3", "l4", "l5", "l22", "l33", "l55", "lf", "fc")
+          for kind in ("weight", "bias")]
+# The importer is asked name by name; the trunk's first convolution shows it whose file this is.
+NAMES = {next(iter(to_extras({f"{TRUNK}conv1.weight": torch.zeros(1), name: torch.zeros(1)}))): name for name in BESIDE}
+"""Our names of what HiCo has beside its trunk, to the published ones."""
+
+
 def official_name(ours: str) -> str:
     """The published name of a tensor of `HiCo.networks`."""
-    if ours.startswith("backbone."):
-        return TRUNK + ours.removeprefix("backbone.")
-    return next(name for name in _published_names() if list(published_extras(_marked(name)))[-1] == ours)
-
-
-def _published_names() -> list[str]:
-    parts = ("toplayer", "latlayer1", "latlayer2", "latlayer3", "smooth1", "smooth2", "smooth3")
-    parts = [f"features.{part}" for part in parts] + ["l2", "l3", "l4", "l5", "l22", "l33", "l55", "lf", "fc"]
-    return [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
-
-
-def _marked(name: str) -> dict[str, torch.Tensor]:
-    """The smallest file that is taken for HiCo's, with `name` as its last tensor."""
-    rest = {"features.toplayer.weight": torch.zeros(1)}
-    rest.pop(name, None)
-    return {**rest, name: torch.zeros(1)}
+    return TRUNK + ours.removeprefix("backbone.") if ours.startswith("backbone.") else NAMES[ours]
 
 
 def official_method(image_size: int, classes: int, backbone: str = "resnet18", **changes: Any) -> HiCo:
@@ -205,8 +199,13 @@ def check_checkpoint_keys(content: dict[str, Any]) -> None:
     exact("tensors", sorted(full), sorted(reached | {key for key, entry in listed.items() if entry["receives_gradient"] is None}))
     for key, value in full.items():
         exact(f"shape of {key}", value.shape, listed[key]["shape"])
-        plain = listed[key]["torchvision_key"]
-        exact(f"torchvision name of {key}", plain, key.removeprefix(TRUNK) if key.startswith(TRUNK) else None)
+    with torch.device("meta"):
+        whole = {key: torch.empty(entry["shape"]) for key, entry in listed.items()}
+    trunk, report = to_trunk(whole, "resnet18")
+    exact("format", report.format, "HiCo")
+    plain = {entry["torchvision_key"] for entry in listed.values()} - {None, "fc.weight", "fc.bias"}
+    exact("torchvision_key", sorted(trunk), sorted(plain))
+    exact("what is beside the trunk", sorted(to_extras(whole)), sorted(ours for ours, key in NAMES.items() if key in listed))
     method = official_method(32, classes, projector_pool="gap")
     images = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batch = ClipBatch({"boundary": images, "anchor": images[:, :1]}, torch.arange(2), torch.arange(2), {"weight": torch.full((2, 2), 0.5)})
@@ -232,10 +231,10 @@ def _finetuning_step(classes: int) -> tuple[set[str], set[str], set[str]]:
     checkpoint = {official_name(f"backbone.{name}"): value for name, value in source.backbone.state_dict().items()}
     checkpoint |= {official_name(name): value for name, value in source.exports().items()}
     trunk, features = build_backbone("resnet18", 1)
-    trunk.load_state_dict({name.removeprefix(TRUNK): value for name, value in checkpoint.items() if name.startswith(TRUNK)})
+    trunk.load_state_dict(to_trunk(checkpoint, "resnet18")[0])
     network = Classifier(
         trunk, "resnet18", features, classes, head="hico_official", trainable="layer4.1", batchnorm="train", image_size=32,
-        extras=published_extras(checkpoint),
+        extras=to_extras(checkpoint),
     )
     before = {name: value.clone() for name, value in network.state_dict().items()}
     named = {name: _finetuning_name(name) for name in before}

@@ -54,7 +54,7 @@ class HiCoParams(MethodParams):
     smooth_p5: bool = False
     """A 3x3 convolution on the global map: in the figure, not in the program."""
     projector_pool: Literal["gap", "flatten"] = "gap"
-    """`gap` averages a pyramid map before its projector; `flatten` keeps every position as published: 268 million weights at 224 pixels."""
+    """`gap` averages a pyramid map before its projector; `flatten` keeps every position as published: 260 million weights at 224 pixels."""
     classifier_input: Literal["pooled", "global"] = "pooled"
     """`pooled`: a hidden layer on the trunk's pooled features (the program); `global`: one layer on the global embedding (the figure)."""
     soft_label: Literal["sum_to_one", "batch_divisor"] = "sum_to_one"

@@ -6,14 +6,14 @@ HiCo (Zhang et al., ACCV 2022) over the pyramid of Lin et al., CVPR 2017. Letter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["MAPS", "WIDTH", "LevelProjector", "Pyramid", "map_side", "pooled", "published_extras", "stage_channels", "stage_maps"]
+__all__ = ["MAPS", "WIDTH", "LevelProjector", "Pyramid", "map_side", "pooled", "stage_channels", "stage_maps"]
 
 WIDTH = 256
 """Channels of every pyramid map, and units of every projector's hidden layer."""
@@ -100,24 +100,3 @@ class LevelProjector(nn.Module):
     def forward(self, pyramid_map: torch.Tensor) -> torch.Tensor:
         rows = pyramid_map.mean((2, 3)) if self.pool == "gap" else pyramid_map.flatten(1)
         return self.out(F.relu(self.hidden(rows)))
-
-
-_PUBLISHED = {
-    "features.toplayer": "pyramid.lateral.p5", "features.latlayer1": "pyramid.lateral.p4", "features.latlayer2": "pyramid.lateral.p3",
-    "features.latlayer3": "pyramid.lateral.p2", "features.smooth1": "pyramid.smooth.p4", "features.smooth2": "pyramid.smooth.p3",
-    "features.smooth3": "pyramid.smooth.p2", "l2": "levels.p2.hidden", "l3": "levels.p3.hidden", "l4": "levels.p4.hidden",
-    "l5": "levels.p5.hidden", "l22": "levels.p2.out", "l33": "levels.p3.out", "l55": "levels.p5.out", "lf": "classifier.0",
-    "fc": "classifier.2",
-}
-
-
-def published_extras(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a checkpoint of the published HiCo program holds beside its trunk, under the names of `HiCo.exports`.
-
-    Empty for files of other programs. U4 (`levels.p4.hidden`) is in the file although no loss ever reached it.
-    """
-    plain = {name.removeprefix("module."): value for name, value in tensors.items()}
-    if "features.toplayer.weight" not in plain:
-        return {}
-    split = {name: name.rpartition(".") for name in plain}
-    return {f"{_PUBLISHED[part]}.{kind}": plain[name].float() for name, (part, _, kind) in split.items() if part in _PUBLISHED}

@@ -20,7 +20,7 @@ from pipeline.errors import CheckpointError
 from pipeline.models.backbones import build_trunk, imagenet_state
 from pipeline.models.catalog import BackboneInfo, describe, names, within
 
-__all__ = ["KeyReport", "detect_format", "initial_tensors", "load_trunk", "to_trunk"]
+__all__ = ["KeyReport", "detect_format", "initial_tensors", "load_trunk", "to_extras", "to_trunk"]
 
 # Where programs keep their networks in the file, best first: of a pair, the slowly moving one is the published result.
 _CONTAINERS = ("target_encoder", "teacher", "state_dict", "model", "model_state_dict")
@@ -43,6 +43,16 @@ _FORMATS = (
 
 # USCL numbers the children of torchvision's ResNet; relu, maxpool and avgpool have no tensors.
 _USCL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+# HiCo's pyramid, level projectors and classifier, under the names that our HiCo exports. The laterals and 3x3 convolutions are
+# numbered from coarse to fine; l4 is in the file although no loss ever reached it.
+_HICO = {
+    "features.toplayer": "pyramid.lateral.p5", "features.latlayer1": "pyramid.lateral.p4", "features.latlayer2": "pyramid.lateral.p3",
+    "features.latlayer3": "pyramid.lateral.p2", "features.smooth1": "pyramid.smooth.p4", "features.smooth2": "pyramid.smooth.p3",
+    "features.smooth3": "pyramid.smooth.p2", "l2": "levels.p2.hidden", "l3": "levels.p3.hidden", "l4": "levels.p4.hidden",
+    "l5": "levels.p5.hidden", "l22": "levels.p2.out", "l33": "levels.p3.out", "l55": "levels.p5.out", "lf": "classifier.0",
+    "fc": "classifier.2",
+}
 
 # torchvision's names of the same transformer; its older files number the layers of the MLP.
 _TORCHVISION_VIT = (
@@ -187,10 +197,9 @@ def _checked(
         return state, report
     suited = [name for name in names() if _suits(tensors, name)]
     advice = f"It fits pretrain.backbone: {suited[0]}." if suited else "It fits none of the known backbones."
-    raise CheckpointError(
-        f"{key}: {source} (format {report.format}) does not fit {what}: {'; '.join(phrases)}. {advice} Parts that may stay as "
-        f"initialised can be named in pretrain.init_allow_missing."
-    )
+    if report.missing and len(phrases) == 1 and key == "pretrain.init":
+        advice += " Parts that may stay as initialised can be named in pretrain.init_allow_missing."
+    raise CheckpointError(f"{key}: {source} (format {report.format}) does not fit {what}: {'; '.join(phrases)}. {advice}")
 
 
 def to_trunk(
@@ -208,6 +217,20 @@ def to_trunk(
     """
     info = describe(backbone) if isinstance(backbone, str) else backbone
     return _checked(tensors, _shapes(info, image_size), info.name, source, key, allow_missing)
+
+
+def to_extras(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a file of the published HiCo program holds beside its trunk, float32, under the names of `HiCo.exports`; else nothing.
+
+    Raises:
+        CheckpointError: unknown format.
+    """
+    file_format, prefix = _detect(tensors)
+    if file_format != "HiCo":
+        return {}
+    outer = prefix.removesuffix("features.R18.")
+    parts = {name: name.removeprefix(outer).rpartition(".") for name in tensors if name.startswith(outer)}
+    return {f"{_HICO[part]}.{kind}": tensors[name].float() for name, (part, _, kind) in parts.items() if part in _HICO}
 
 
 def load_trunk(

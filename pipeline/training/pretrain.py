@@ -350,7 +350,7 @@ class Pretraining:
             "epochs": params.epochs if self.method.trains else 0, "steps": self.epoch * self.context.steps_per_epoch,
             "seed": params.seed, "scope": params.scope, "transductive": params.scope == "all",
             "videos": len(inputs.videos), "labelled_videos": inputs.target_counts(), "frames": sum(ref.row.frames for ref in inputs.videos),
-            "too_short": inputs.left_out, "groups": sorted(set(inputs.groups)), "world_size": distributed.world_size(),
+            "too_short": inputs.left_out, "groups": sorted(set(inputs.groups)), "label_groups": inputs.target_groups, "world_size": distributed.world_size(),
             "device": self.device.type, "torch": torch.__version__, "seconds": round(self.seconds(), 1),
             "parameters": self.config.method_params.model_dump(mode="json"), "final": last,
             "warnings": [*self.warnings, *([stuck[1]] if stuck else [])],
