@@ -22,7 +22,7 @@ from pipeline.parameters import (
 )
 from pipeline.registry import METHODS
 
-__all__ = ["Config", "fingerprint", "load_config", "tracking_uri_from_environment"]
+__all__ = ["Config", "fingerprint", "load_config", "pretraining_name", "tracking_uri_from_environment"]
 
 
 class Config(Section):
@@ -162,6 +162,18 @@ def load_config(path: Path | str = "params.yaml") -> Config:
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
         raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {line}" for line in lines))
     return config.model_copy(update={"methods": methods})
+
+
+def pretraining_name(method: str, init: str) -> str:
+    """What an encoder is called where experiments are compared: `ucl`, `ucl from imagenet`, or `imagenet` without pretraining.
+
+    Args:
+        method: pretrain.method. init: pretrain.init; a path of weights is called `weights file`.
+    """
+    start = init if init in ("random", "imagenet") else "weights file"
+    if method == "random":
+        return start
+    return method if start == "random" else f"{method} from {start}"
 
 
 def fingerprint(*parts: Any) -> str:

@@ -47,6 +47,12 @@ def test_compare__difference_interval_and_corrected_p(tmp_path: Path) -> None:
     assert len(lines) == 5 and "minus" in lines[0] and "random" in lines[0] and "+0.50" in lines[3]
 
 
+def test_compare__the_start_is_part_of_the_name(tmp_path: Path) -> None:
+    """ImageNet weights without pretraining are not called random."""
+    names = [project(tmp_path / "plain", 0.5, method="random, init: imagenet"), project(tmp_path / "from", 0.5, method="ucl, init: imagenet")]
+    assert [row["method"] for row in compare(names, replicates=200)["rows"]] == ["imagenet", "ucl from imagenet"]
+
+
 def test_compare__unequal_folds_are_refused_by_an_example(tmp_path: Path) -> None:
     names = [project(tmp_path / "one", 0.5), project(tmp_path / "two", 0.5, fold_shift=1)]
     with pytest.raises(DataError, match=r"not judged on the same folds: 96 rows differ, for example video 0{8}0{8} \(fold"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 
@@ -42,6 +43,24 @@ def run(fake: FakeExperiment, **changes):
 def test_evaluate__nothing_to_judge(fake):
     with pytest.raises(DataError, match="no fine-tuned models"):
         evaluate(fake.config, [], fake.splits, None, fake.root / "out")
+
+
+@pytest.mark.parametrize(
+    ("method", "init", "words"),
+    [
+        ("random", "imagenet", "nothing was pretrained (pretrain.method: random): `pretrained` stands for the ImageNet weights as they are"),
+        ("random", "random", "`pretrained` stands for the random weights as they are"),
+        ("ucl", "imagenet", "pretraining started from ImageNet weights, the comparison network from random ones"),
+        ("ucl", "random", None),
+    ],
+)
+def test_report__says_what_the_encoder_started_from(fake, method, init, words):
+    config = fake.config.model_copy(update={"pretrain": fake.config.pretrain.model_copy(update={"method": method, "init": init})})
+    evaluate(config, fake.folders, fake.splits, None, fake.root / "reports/evaluate")
+    page = html.unescape((fake.root / "reports/evaluate/report.html").read_text(encoding="utf-8"))
+    assert ("started from" in page or "nothing was pretrained" in page) is (words is not None)
+    assert words is None or words in page
+    assert ("learned on unlabelled video" in page) is (method == "ucl")
 
 
 # numbers

@@ -18,7 +18,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.errors import TrackingError
 from pipeline.tracking import NullTracker, link_skipped, open_tracker, sync
-from pipeline.tracking_context import flatten, readable, slug
+from pipeline.tracking_context import execution_facts, flatten, readable, slug
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SECRET_FOLDER = "/clinic/ward7/Anna_Meyer"
@@ -90,7 +90,7 @@ def test_levels__one_parent_and_named_children(root: Path, monkeypatch: pytest.M
         assert second.parent_id == tracker.parent_id != ""
     parent, split, finetune = runs(root)
     assert [run.info.run_name for run in (parent, split, finetune)] == [
-        "ucl tepid-gibe", "split", "finetune pretrained fold 0 seed 1"]  # fmt: skip
+        "ucl from weights file tepid-gibe", "split", "finetune pretrained fold 0 seed 1"]  # fmt: skip
     assert split.data.tags["mlflow.parentRunId"] == finetune.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.tags["dvc.experiment"] == "tepid-gibe" and parent.data.tags["dvc.baseline"] == "abc123"
     assert parent.data.tags["method"] == "ucl" and parent.data.tags["scope"] == "fold"
@@ -114,6 +114,15 @@ def test_execution__other_parameters_another_parent_but_launch_does_not_count(ro
     )
     keys = [open_tracker(config, "split").execution for config in configs]
     assert keys[0] == keys[2] == keys[3] != keys[1]
+
+
+def test_execution__is_named_by_what_it_starts_from(root: Path) -> None:
+    config = make_config()
+    imagenet = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"method": "random", "init": "imagenet"})})
+    facts = execution_facts(imagenet)
+    assert facts.name.startswith("imagenet ")
+    assert facts.tags["method"] == "imagenet"
+    assert execution_facts(config).tags["method"] == "ucl from weights file"
 
 
 def test_metrics__in_order_with_steps_and_without_nan(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from pipeline.config import pretraining_name
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.statistics import bootstrap_intervals, holm, paired_bootstrap, permutation_test
@@ -74,7 +75,8 @@ def read_experiment(name: str, initialisation: str = "pretrained") -> Experiment
     if rows.empty:
         raise DataError(f"compare: '{name}' has no initialisation '{initialisation}'; found: {', '.join(sorted(set(table['init'])))}")
     stamp = json.loads(_read(name, f"{RESULTS}/metrics.json")).get("stamp") or "none"
-    method = str(yaml.safe_load(_read(name, "params.yaml"))["pretrain"]["method"])
+    pretrain = yaml.safe_load(_read(name, "params.yaml"))["pretrain"]
+    method = pretraining_name(str(pretrain["method"]), str(pretrain.get("init", "random")))
     return Experiment(name, method, "" if stamp == "none" else stamp, rows.reset_index(drop=True))
 
 

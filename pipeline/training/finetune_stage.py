@@ -55,7 +55,13 @@ def _encoder_card(init: str, fold: Fold, splits: Splits) -> dict[str, Any]:
     missing = [name for name in ("groups", "scope", "method", "fingerprint") if name not in card] if isinstance(card, dict) else ["all"]
     if missing:
         raise CheckpointError(f"{folder / 'card.json'}: lacks {', '.join(missing)}. Run the pretrain stage again.")
-    shared = sorted(set(card["groups"]) & set(splits.groups_of(fold.test)))
+    tested = set(splits.groups_of(fold.test))
+    if told := sorted(set(card.get("label_groups", [])) & tested):
+        raise LeakageError(
+            f"{folder}: pretraining read the labels of {len(told)} test patients of fold {fold.fold}, for example {told[0]}. Run the "
+            f"pretrain stage again."
+        )
+    shared = sorted(set(card["groups"]) & tested)
     if shared and card["scope"] == "fold":
         raise LeakageError(
             f"{folder}: this encoder was pretrained on {len(shared)} test patients of fold {fold.fold}, for example {shared[0]}. "
@@ -127,6 +133,14 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
             tracker.log_model(done / "model.safetensors", table, "classifier")
         tracker.write_sidecar(Path(f"reports/runs/finetune-{init}-seed{seed}-fold{fold_number}.json"), fingerprint=key)
     return f"finetune {item}: {'finished result reused' if reused else 'done'}; predictions in {output}"
+
+
+def _stamp(config: Config, encoder: dict[str, Any], budget: set[str], training: set[str]) -> str | None:
+    """What makes the result better than it would be elsewhere. `budget`: patients whose labels fine-tuning reads, of `training`."""
+    stamps = [OPTIMISTIC] if config.finetune.selection == "best_on_test" else []
+    if config.finetune.label_fraction < 1 and (set(encoder.get("label_groups", [])) & training) - budget:
+        stamps.append("encoder pretrained with labels beyond finetune.label_fraction")
+    return ", ".join(stamps) or None
 
 
 def _encoder_facts(encoder: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +216,7 @@ def _finetune(
         "classes": splits.classes, "train_groups": sorted({groups[v] for v in train}),
         "validation_groups": sorted({groups[v] for v in validation}), "test_groups": splits.groups_of(parts["test"]),
         "selection": params.selection, "selected_epoch": run.selected_epoch,
-        "stamp": OPTIMISTIC if params.selection == "best_on_test" else None,
+        "stamp": _stamp(config, encoder, {groups[v] for v in train + validation}, {*splits.groups_of(parts["train"] + parts["validation"])}),
         "trainable": params.trainable, "head": params.head, "label_fraction": params.label_fraction,
         "trained_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "backbone": config.pretrain.backbone, "image_size": size, "device": device.type,
