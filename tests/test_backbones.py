@@ -24,7 +24,8 @@ from pipeline.models.vit import resample_positions, vit_stages
 
 TIMM = {
     "vit_tiny": "vit_tiny_patch16_224", "vit_small": "vit_small_patch16_224", "vit_small_8": "vit_small_patch8_224",
-    "vit_base": "vit_base_patch16_224", "vit_large": "vit_large_patch16_224",
+    "vit_base": "vit_base_patch16_224", "vit_large": "vit_large_patch16_224", "dinov2_small": "vit_small_patch14_dinov2",
+    "dinov2_base": "vit_base_patch14_dinov2", "dinov2_large": "vit_large_patch14_dinov2",
 }
 
 
@@ -35,7 +36,7 @@ def test_catalog__says_what_is_built(name: str) -> None:
     with torch.device("meta"):
         network = build_trunk(info, 224)
         if info.family == "vit":
-            theirs = timm.create_model(TIMM[name], num_classes=0).state_dict()
+            theirs = timm.create_model(TIMM[name], num_classes=0, img_size=224).state_dict()
         else:
             theirs = getattr(torchvision.models, name if name != "resnet10" else "resnet18")().state_dict()
     ours = network.state_dict()

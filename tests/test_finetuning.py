@@ -112,7 +112,7 @@ def test_classifier__unknown_prefix_names_the_allowed() -> None:
         "parameter names such as layer2.0, layer3.0, layer4.0. Did you mean 'layer4.0'?"
     )
     with pytest.raises(
-        ConfigError, match=r"finetune\.head: unknown head 'linaer'\. Allowed: linear, mlp\. Did you mean 'linear'\?"
+        ConfigError, match=r"finetune\.head: unknown head 'linaer'\. Allowed: .*linear, mlp\. Did you mean 'linear'\?"
     ):
         make_network(head="linaer")
 
@@ -376,7 +376,7 @@ def test_stage__missing_foreign_and_damaged_encoders(project: Path) -> None:
     write_encoder(project, config, splits)
     other = make_config(project, **SETTINGS, pretrain__backbone="resnet18")
     with pytest.raises(
-        CheckpointError, match=r"does not fit this backbone: \d+ of \d+ tensors are missing.*Check pretrain\.backbone"
+        CheckpointError, match=r"does not fit this backbone: \d+ tensors are missing.*It fits pretrain\.backbone: resnet10\."
     ):
         run_finetune_stage(other, "pretrained", 0, 0)
     (project / "models/encoders/fold0/encoder.safetensors").write_bytes(b"nothing")

@@ -161,6 +161,16 @@ def test_load_trunk__positions_of_another_grid() -> None:
         to_trunk(crooked, TINY, 64, source="x.pth")
 
 
+def test_to_trunk__official_dinov2_file() -> None:
+    """37 x 37 positions and a token for masked patches, which features do not need; a plain transformer it is not."""
+    network = build_trunk(describe("dinov2_small"), 518)
+    official = network.state_dict() | {"mask_token": torch.zeros(1, 384)}
+    state, report = to_trunk(official, "dinov2_small", 112)
+    assert report.grid == (37, 8) and report.unexpected == ["mask_token"] and len(state) == len(official) - 1
+    with pytest.raises(CheckpointError, match=r"24 tensors in the file are no part of it \(blocks.0.ls1.gamma.* It fits pretrain.backbone: dinov2_small"):
+        to_trunk(official, "vit_small", 112)
+
+
 def test_load_trunk__our_own_export(tmp_path: Path) -> None:
     network, _ = build_backbone("vit_tiny", 3, 32)
     export_encoder(tmp_path, network.state_dict(), {"backbone": "vit_tiny"})

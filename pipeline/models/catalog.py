@@ -26,6 +26,7 @@ class BackboneInfo:
         patch_size: side of a patch in pixels, 0 for ResNets. heads: attention heads, 0 for ResNets.
         weights: file name of its ImageNet-1k weights in torch hub's cache, "" where there are none.
         hub: repository of the same weights in the Hugging Face cache, "" where there is none.
+        layer_scale: the output of every attention and MLP is scaled by a learnt vector, as in DINOv2.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BackboneInfo:
     heads: int = 0
     weights: str = ""
     hub: str = ""
+    layer_scale: bool = False
 
 
 # resnet10 is torchvision's ResNet with one basic block a stage: its keys are a subset of resnet18's. It is there for
@@ -51,6 +53,9 @@ for _info in (
     BackboneInfo("vit_small_8", "vit", 384, (12,), 8, 6),
     BackboneInfo("vit_base", "vit", 768, (12,), 16, 12, "deit_base_patch16_224-b5f2ef4d.pth", "timm/deit_base_patch16_224.fb_in1k"),
     BackboneInfo("vit_large", "vit", 1024, (24,), 16, 16),
+    BackboneInfo("dinov2_small", "vit", 384, (12,), 14, 6, layer_scale=True),
+    BackboneInfo("dinov2_base", "vit", 768, (12,), 14, 12, layer_scale=True),
+    BackboneInfo("dinov2_large", "vit", 1024, (24,), 14, 16, layer_scale=True),
 ):
     BACKBONES.register(_info.name)(_info)
 

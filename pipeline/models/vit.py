@@ -29,6 +29,7 @@ class ClassTokenViT(VisionTransformer):
         super().__init__(
             img_size=image_size, patch_size=info.patch_size, embed_dim=info.feature_dim, depth=info.blocks[0],
             num_heads=info.heads, num_classes=0, global_pool="token", dynamic_img_size=True,
+            init_values=1e-5 if info.layer_scale else None,
         )
         # As MSN trains it (Assran et al., ECCV 2022); timm's class token starts near zero, its patches like any convolution.
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -39,7 +40,7 @@ class ClassTokenViT(VisionTransformer):
         """Patches [B, h, w, F] -> tokens [B, 1 + h w, F] with positions added (a hook of timm's)."""
         grid = [int(side) for side in x.shape[1:3]]
         positions = resample_abs_pos_embed(self.pos_embed, grid, list(self.patch_embed.grid_size), antialias=False)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1)
         return self.pos_drop(tokens + positions)
 
 
