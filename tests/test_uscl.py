@@ -25,12 +25,13 @@ from pipeline.data.clips import PairParams
 from pipeline.data.splits import Splits, make_splits
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import draw_view, render
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LeakageError
 from pipeline.methods.base import MethodContext, Progress, Setting
 from pipeline.methods.uscl import USCL, USCLParams
 from pipeline.parameters import AugmentationParams
 from pipeline.preflight import check_named_files
 from pipeline.presets import load_preset, write_preset
+from pipeline.training.finetune_stage import run_finetune_stage
 from pipeline.training.inputs import PretrainInputs, open_pretrain_inputs
 from pipeline.training.optim import learning_rate
 from pipeline.training.pretrain import Pretraining
@@ -317,6 +318,23 @@ def test_card__says_how_many_labels_were_used(project: Splits, tmp_path: Path) -
     assert card["labelled_videos"] == inputs.target_counts()
     assert sum(card["labelled_videos"].values()) == math.ceil(0.7 * len(project.fold(0).train))
     assert run.method.networks["classifier"].out_features == 2
+
+
+def test_finetuning__knows_whose_labels_pretraining_read(project: Splits, tmp_path: Path) -> None:
+    """Fewer labels for fine-tuning than for its encoder are stamped; a test patient's label in pretraining is refused."""
+    settings = {"pretrain__method": "uscl", "pretrain__epochs": 1, "finetune__epochs": 1}
+    stamps = {}
+    for share, weight in ((1.0, 0.2), (0.5, 0.2), (0.5, 0.0)):
+        config = make_config(tmp_path, **settings, finetune__label_fraction=share, methods__uscl__supervised_weight=weight)
+        run_pretrain_stage(config, 0, tmp_path / "none.py")
+        run_finetune_stage(config, "pretrained", 0, 0)
+        stamps[share, weight] = json.loads((tmp_path / "models/finetuned/pretrained-seed0-fold0/card.json").read_text())["stamp"]
+    assert stamps == {(1.0, 0.2): None, (0.5, 0.2): "encoder pretrained with labels beyond finetune.label_fraction", (0.5, 0.0): None}
+    path = tmp_path / "models/encoders/fold0/card.json"
+    (tested, *_) = project.groups_of(project.fold(0).test)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"label_groups": [tested], "scope": "all"}))
+    with pytest.raises(LeakageError, match=f"pretraining read the labels of 1 test patients of fold 0, for example {tested}"):
+        run_finetune_stage(config, "pretrained", 0, 0)
 
 
 def test_stage__without_usable_labels_ends_before_anything_is_computed(project: Splits, tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ class PretrainInputs:
     """Ids of videos that are too short for the method."""
     fingerprint: str
 
+    @property
+    def target_groups(self) -> list[str]:
+        """Patients whose labels pretraining reads."""
+        return sorted({group for group, target in zip(self.groups, self.targets, strict=True) if target >= 0})
+
     def target_counts(self) -> dict[str, int]:
         """Labelled videos of each class that pretraining uses."""
         return {name: self.targets.count(number) for number, name in enumerate(self.target_classes)}

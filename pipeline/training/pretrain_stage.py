@@ -107,7 +107,7 @@ def _hand_over(config: Config, fold: int, inputs: PretrainInputs, done: Path, tr
     # another split names the same videos' patients differently, and the check for leaks compares these names.
     card |= {
         "fold": fold, "scope": config.pretrain.scope, "transductive": config.pretrain.scope == "all",
-        "groups": sorted(set(inputs.groups)), "too_short": inputs.left_out,
+        "groups": sorted(set(inputs.groups)), "label_groups": inputs.target_groups, "too_short": inputs.left_out,
         "preprocessing": input_facts(config, config.method_params.augmentation),
     }
     write_json(output / "card.json", card)
