@@ -119,13 +119,14 @@ def _crop_box(
 
 
 def content_box(frame: np.ndarray, darkest: float = 8.0) -> tuple[int, int, int, int]:
-    """left, top, width, height of a frame without its black border: outer rows and columns with a mean level below `darkest`.
+    """left, top, width, height of a frame without its black border: outer rows and columns with a mean grey below `darkest`.
 
     A side is left whole where more than half of it would go: a dark picture has no border.
     """
+    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) if frame.ndim == 3 else frame
     box = []
     for axis, length in ((0, frame.shape[1]), (1, frame.shape[0])):
-        means = cv2.reduce(frame, axis, cv2.REDUCE_AVG, dtype=cv2.CV_32F).reshape(length, -1).max(1)
+        means = cv2.reduce(grey, axis, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel()
         lit = np.flatnonzero(means >= darkest)
         first, end = (int(lit[0]), int(lit[-1]) + 1) if len(lit) else (0, 0)
         box.append((first, end - first) if end - first >= length / 2 else (0, length))
