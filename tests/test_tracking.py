@@ -93,7 +93,7 @@ def test_levels__one_parent_and_named_children(root: Path, monkeypatch: pytest.M
         "ucl from weights file tepid-gibe", "split", "finetune pretrained fold 0 seed 1"]  # fmt: skip
     assert split.data.tags["mlflow.parentRunId"] == finetune.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert parent.data.tags["dvc.experiment"] == "tepid-gibe" and parent.data.tags["dvc.baseline"] == "abc123"
-    assert parent.data.tags["method"] == "ucl" and parent.data.tags["scope"] == "fold"
+    assert parent.data.tags["method"] == "ucl from weights file" and parent.data.tags["scope"] == "fold"
     assert split.data.tags["fingerprint"] == "f1" and "env.python" in split.data.tags
     assert parent.data.params["methods.ucl.temperature"] == "0.07" and "finetune.epochs" in parent.data.params
     assert not [key for key in parent.data.params if key.startswith(("methods.other", "tracking", "launch"))]
