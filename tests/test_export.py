@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from pipeline.errors import CheckpointError, PipelineError
 from pipeline.export.card import load_snippet
 from pipeline.export.facts import about, find_weights
 from pipeline.export.formats import export, load_network, sample_images
+from pipeline.models.backbones import build_trunk
+from pipeline.models.catalog import describe, names
 
 torch.set_num_threads(1)
 
@@ -32,16 +33,17 @@ def exported(folder: Path, form: str, out: Path, **options: Any) -> tuple[Path, 
 
 
 def run_card(text: str, folder: Path, images: np.ndarray) -> np.ndarray:
-    """Run the Python of a card as a reader would: in the folder of the file, with `images`, in a process without our code."""
+    """Run the Python of a card as a reader would: in the folder of the file, with `images` at hand."""
     snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert snippet
-    np.save(folder / "images.npy", images)
-    result = "logits" if "logits" in snippet[1] else "features"
-    script = f"import numpy\nimages = numpy.load('images.npy')\n{snippet[1]}\nnumpy.save('result.npy', numpy.asarray({result}))\n"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return np.load(folder / "result.npy")
+    names: dict[str, Any] = {"images": images}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        exec(snippet[1], names)
+    finally:
+        os.chdir(before)
+    return np.asarray(names["logits" if "logits" in names else "features"])
 
 
 def wanted(folder: Path, images: torch.Tensor) -> np.ndarray:
@@ -125,6 +127,21 @@ def test_card__results_only_from_the_report_of_these_weights(tmp_path: Path) -> 
     assert card["metrics"]["values"]["balanced_accuracy"] == 0.8 and "0.8 (95% interval 0.6 to 0.9)" in text
     (reports / "predictions.csv").write_text(f"header\n{row.replace('0.75', '0.76')},b,\n")
     assert about(find_weights(folder))["metrics"] == {}, "a report of other weights"
+
+
+@pytest.mark.parametrize("name", names())
+def test_backbones__every_one_is_a_network_of_its_library(tmp_path: Path, name: str) -> None:
+    """Names and shapes only: no memory is taken."""
+    from pipeline.scorer import build_network
+
+    info = describe(name)
+    size = 2 * (info.patch_size or 16)
+    (tmp_path / "encoder.safetensors").write_bytes(b"")
+    (tmp_path / "card.json").write_text(json.dumps({"backbone": name, "image_size": size, "fingerprint": "f", "method": "ucl", "scope": "fold"}))
+    table = about(find_weights(tmp_path))
+    with torch.device("meta"):
+        theirs, ours = build_network(table).state_dict(), build_trunk(info, size).state_dict()
+    assert {key: value.shape for key, value in theirs.items()} == {key: value.shape for key, value in ours.items()}
 
 
 def test_state__plain_tensors_and_own_names(tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ __all__ = ["LIBRARY_HEADS", "Weights", "about", "find_weights", "headline", "inp
 FILES = {"encoder.safetensors": "encoder", "model.safetensors": "classifier"}
 LIBRARY_HEADS = ("linear", "mlp")
 """Heads that sit on the pooled features, where torchvision and timm keep their own classifier."""
-# timm's names of the same architectures. resnet10 and the ViTs of other shapes than timm's have none.
+# timm's names of the same architectures; resnet10 has none.
 TIMM_NAMES = {
     "resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50", "vit_tiny": "vit_tiny_patch16_224",
     "vit_small": "vit_small_patch16_224", "vit_small_8": "vit_small_patch8_224", "vit_base": "vit_base_patch16_224",
-    "vit_large": "vit_large_patch16_224",
+    "vit_large": "vit_large_patch16_224", "dinov2_small": "vit_small_patch14_dinov2", "dinov2_base": "vit_base_patch14_dinov2",
+    "dinov2_large": "vit_large_patch14_dinov2",
 }  # fmt: skip
 PACKAGES = ("sonoscope", "torch", "torchvision", "timm", "safetensors")
 
@@ -175,7 +176,8 @@ def about(weights: Weights) -> dict[str, Any]:
     network = _network(card)
     training = {"start": card.get("pretrain_init" if classifier else "init", "random")} | {key: card[key] for key in keys if card.get(key) is not None}
     return {
-        "schema": 1, "scorable": not classifier or card["head"] in LIBRARY_HEADS, "name": f"{network['backbone']} {weights.kind}, {card.get('method', 'random')}", "kind": weights.kind,
+        "schema": 1, "scorable": not classifier or card["head"] in LIBRARY_HEADS,
+        "name": f"{network['backbone']} {weights.kind}, {card.get('method', 'random')}", "kind": weights.kind,
         "network": network, "head": card.get("head") if classifier else None, "classes": list(card["classes"]) if classifier else [],
         "preprocessing": _preprocessing(card), "training": training,
         "data": _counts(weights), "fold": card.get("fold"), "scope": scope, "transductive": scope == "all", "stamp": card.get("stamp"),

@@ -141,10 +141,13 @@ def _run_onnx(data: bytes, images: np.ndarray) -> np.ndarray:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    # One, several, and all: the batch is free.
+    # One, several, and the rest: the batch is free.
     parts = [images[:1], images[1:4], images[4:]]
-    return np.concatenate([session.run(None, {"images": part})[0] for part in parts if len(part)])
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return np.concatenate([session.run(None, {"images": part})[0] for part in parts])
+    except Exception as error:  # the runtime has a class of error for each of its codes
+        raise PipelineError(f"export: onnxruntime cannot run the exported network ({str(error)[:300]}); another --opset may help") from None
 
 
 def _difference(found: np.ndarray, wanted: np.ndarray, form: str) -> float:
