@@ -30,6 +30,7 @@ from pipeline.errors import PipelineError, StoppedError
 from pipeline.files import write_curves
 from pipeline.methods.base import ClipBatch, Method, MethodContext, Progress
 from pipeline.models.backbones import build_backbone
+from pipeline.models.catalog import describe
 from pipeline.models.published import KeyReport, initial_tensors, load_trunk, to_extras
 from pipeline.registry import METHODS
 from pipeline.reproducibility import collect_rng_states, restore_rng_state, seed_everything
@@ -149,7 +150,7 @@ class Pretraining:
                 f"pretrain.batch_size = {params.batch_size} is not a multiple of {world} processes x {params.accumulate} micro-batches: "
                 f"every step is filled up to {-(-params.batch_size // parts) * parts} with repeated samples"
             )
-        if params.image_size <= 32 and params.batch_size <= parts:
+        if params.image_size <= 32 and params.batch_size <= parts and describe(params.backbone).family == "resnet":
             raise PipelineError(
                 f"pretrain.batch_size: {params.batch_size} gives each forward pass one image, and pretrain.image_size {params.image_size} "
                 f"ends in one pixel: batch norm has nothing to average. Use at least {2 * parts} samples, or images above 32 pixels."
@@ -301,9 +302,10 @@ class Pretraining:
             mean = torch.as_tensor(total / steps, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
             row[name] = float(distributed.reduce_mean(mean.to(self.device)))
         if not np.isfinite(row["loss"]):
+            warmer = f"raise methods.{params.method}.temperature, " if hasattr(self.config.method_params, "temperature") else ""
             raise PipelineError(
                 f"pretrain: the loss is not finite in epoch {self.epoch + 1} (learning rate {row['learning_rate']:.3g}). Lower "
-                f"pretrain.optimizer.lr, raise methods.{params.method}.temperature, or set pretrain.precision to float32."
+                f"pretrain.optimizer.lr, {warmer}or set pretrain.precision to float32."
             )
         last = self.epoch + 1 == params.epochs
         measured: dict[str, float] = {}
