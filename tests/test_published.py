@@ -171,6 +171,13 @@ def test_to_trunk__official_dinov2_file() -> None:
         to_trunk(official, "vit_small", 112)
 
 
+def test_read_state_dict__options_are_read_but_objects_in_them_are_not(tmp_path: Path) -> None:
+    """Files of DINO hold an argparse.Namespace, which is allowed; that opens no door for what else may be in it."""
+    torch.save({"teacher": {"a": torch.ones(1)}, "args": argparse.Namespace(path=Path("x"))}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="evil.pth is refused: it holds Python objects"):
+        read_state_dict(tmp_path / "evil.pth")
+
+
 def test_load_trunk__our_own_export(tmp_path: Path) -> None:
     network, _ = build_backbone("vit_tiny", 3, 32)
     export_encoder(tmp_path, network.state_dict(), {"backbone": "vit_tiny"})
@@ -269,3 +276,11 @@ def test_preflight__weights_of_another_architecture_end_before_anything_runs(tmp
     (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(ConfigError, match="code.pth is refused"):
         check_named_files(Config.model_validate({"pretrain": pretrain | {"init": str(tmp_path / "code.pth")}}))
+
+
+def test_preflight__imagenet_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    pretrain = {"init": "imagenet", "backbone": "vit_small", "image_size": 112}
+    with pytest.raises(ConfigError, match=r"1 problem\n  pretrain.init: imagenet was asked for, but .*deit_small.* import timm; timm.create_model"):
+        check_named_files(Config.model_validate({"pretrain": pretrain}))
