@@ -282,5 +282,5 @@ def test_preflight__imagenet_weights_that_are_not_there(tmp_path: Path, monkeypa
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     pretrain = {"init": "imagenet", "backbone": "vit_small", "image_size": 112}
-    with pytest.raises(ConfigError, match=r"1 problem\n  pretrain.init: imagenet was asked for, but .*deit_small.* import timm; timm.create_model"):
+    with pytest.raises(ConfigError, match=r"1 problem\n  pretrain.init: imagenet was asked for, but .*deit_small.*import timm; timm.create_model"):
         check_named_files(Config.model_validate({"pretrain": pretrain}))
