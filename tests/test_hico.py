@@ -7,13 +7,15 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import goldens_hico
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from golden_tools import Mismatch
 from torch.nn.parallel import DistributedDataParallel
-from training_kit import make_method, make_project, run_stage
+from training_kit import make_config, make_method, make_project
 
 from pipeline import distributed, losses
 from pipeline.checkpoint import read_state_dict
@@ -27,9 +29,12 @@ from pipeline.models.catalog import LEVEL_HEADS
 from pipeline.models.classifier import Classifier
 from pipeline.models.levels import WIDTH, LevelProjector, Pyramid, map_side, pooled, stage_channels, stage_maps
 from pipeline.models.published import to_extras
+from pipeline.preflight import check_named_files
 from pipeline.presets import load_preset
 from pipeline.registry import HEADS
+from pipeline.training.finetune_stage import run_finetune_stage
 from pipeline.training.pretrain import StepModule
+from pipeline.training.pretrain_stage import run_pretrain_stage
 
 LEVELS = ("local", "medium", "global")
 
@@ -233,6 +238,16 @@ def test_views__pass_separately_through_batch_norm() -> None:
     assert int(method.backbone.bn1.num_batches_tracked) == 2
 
 
+def test_step__bfloat16_networks_keep_losses_in_float32() -> None:
+    exact, fast = make_method("hico", batch=4), make_method("hico", batch=4)
+    fast.autocast = True
+    one, two = (method.step(toy_batch([0, 1, -1, 1]), Progress(0, 0)) for method in (exact, fast))
+    two.loss.backward()
+    assert two.loss.dtype == two.metrics["peer"].dtype == torch.float32
+    assert float(two.loss.detach()) != float(one.loss.detach())
+    assert float(two.loss.detach()) == pytest.approx(float(one.loss.detach()), rel=0.02)
+
+
 def _one_step(rank: int, world: int) -> dict[str, Any]:
     """Loss and gradients of a batch of four whose labels are all among the first two."""
     method = make_method("hico", batch=4, norm=False, double=True, soft_label="batch_divisor")
@@ -352,39 +367,90 @@ def test_heads__refuse_what_they_cannot_use() -> None:
         classifier("hico_official", None, name="vit_tiny")
 
 
-def test_stages__extras_travel_from_pretraining_to_the_head(tmp_path: Path) -> None:
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_preflight__a_head_of_several_levels_wants_a_resnet(tmp_path: Path) -> None:
+    config = make_config(tmp_path, pretrain__backbone="vit_tiny", finetune__head="hico_official", data__source=str(tmp_path))
+    with pytest.raises(ConfigError, match="finetune.head: hico_official wants features of several levels, and vit_tiny has one"):
+        check_named_files(config)
+
+
+def test_stages__extras_travel_from_pretraining_to_the_head(project: Path) -> None:
     """And a method without any removes those of the method before it."""
-    make_project(tmp_path, pretrain__method="hico", pretrain__epochs=1, finetune__head="hico_pyramid", finetune__epochs=1)
-    for stage, arguments in (("pretrain", []), ("finetune", ["--init", "pretrained", "--seed", "0"])):
-        done = run_stage(tmp_path, stage, *arguments, "--fold", "0")
-        assert done.returncode == 0, done.stderr
-    extras = read_state_dict(tmp_path / "models/encoders/fold0/extras.safetensors")
-    model = read_state_dict(tmp_path / "models/finetuned/pretrained-seed0-fold0/model.safetensors")
+    settings = {"pretrain__epochs": 1, "finetune__head": "hico_pyramid", "finetune__epochs": 1}
+    config, _ = make_project(project, pretrain__method="hico", **settings)
+    encoder, finetuned = project / "models/encoders/fold0", project / "models/finetuned/pretrained-seed0-fold0"
+    run_pretrain_stage(config, 0, Path("pretrain.py"))
+    run_finetune_stage(config, "pretrained", 0, 0)
+    extras, model = read_state_dict(encoder / "extras.safetensors"), read_state_dict(finetuned / "model.safetensors")
     for name in ("pyramid.lateral.p2.weight", "levels.p3.hidden.weight"):
         assert torch.equal(model[f"head.{name}"], extras[name])
     assert torch.equal(model["head.features.weight"], extras["classifier.0.weight"])
     assert not torch.equal(model["head.pyramid.lateral.p5.weight"], extras["pyramid.lateral.p5.weight"]), "it trains"
-    text = (tmp_path / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(text.replace('"method": "hico"', '"method": "simclr"'))
-    assert run_stage(tmp_path, "pretrain", "--fold", "0").returncode == 0
-    assert sorted(path.name for path in (tmp_path / "models/encoders/fold0").glob("*.safetensors")) == ["encoder.safetensors"]
-    refused = run_stage(tmp_path, "finetune", "--init", "pretrained", "--seed", "0", "--fold", "0")
-    assert (refused.returncode, "finetune.head: hico_pyramid wants the pyramid" in refused.stderr) == (2, True)
+    other = make_config(project, pretrain__method="simclr", **settings)
+    run_pretrain_stage(other, 0, Path("pretrain.py"))
+    assert sorted(path.name for path in encoder.glob("*.safetensors")) == ["encoder.safetensors"]
+    with pytest.raises(CheckpointError, match="finetune.head: hico_pyramid wants the pyramid"):
+        run_finetune_stage(other, "pretrained", 0, 0)
 
 
-def test_stages__a_published_file_brings_its_pyramid(tmp_path: Path) -> None:
+def test_stages__no_labels_is_said_before_training(project: Path) -> None:
+    config, _ = make_project(project, pretrain__method="hico", pretrain__scope="all")
+    with pytest.raises(ConfigError, match="methods.hico.objective: semi learns from labels, and pretraining may see 0 labelled videos"):
+        run_pretrain_stage(config, 0, Path("pretrain.py"))
+    assert not (project / "models").exists()
+
+
+def test_stages__a_published_file_brings_its_pyramid(project: Path) -> None:
     """pretrain.method: random with a HiCo file: trunk and pyramid are handed on as they are."""
     source = make_method("hico")
     laterals = {"toplayer": "p5", "latlayer1": "p4", "latlayer2": "p3", "latlayer3": "p2"}
     file = {f"features.R18.{name}": value for name, value in source.backbone.state_dict().items()}
     for theirs, ours in laterals.items():
         file |= {f"features.{theirs}.{kind}": source.exports()[f"pyramid.lateral.{ours}.{kind}"] for kind in ("weight", "bias")}
-    torch.save(file, tmp_path / "best_model.pth")
-    make_project(tmp_path, pretrain__method="random", pretrain__init="best_model.pth")
-    done = run_stage(tmp_path, "pretrain", "--fold", "0")
-    assert done.returncode == 0, done.stderr
-    extras = read_state_dict(tmp_path / "models/encoders/fold0/extras.safetensors")
+    torch.save(file, project / "best_model.pth")
+    config, _ = make_project(project, pretrain__method="random", pretrain__init="best_model.pth")
+    run_pretrain_stage(config, 0, Path("pretrain.py"))
+    extras = read_state_dict(project / "models/encoders/fold0/extras.safetensors")
     assert len(extras) == 8
     assert all(torch.equal(value, source.exports()[name]) for name, value in extras.items())
-    assert "format HiCo" in read_json(tmp_path / "models/encoders/fold0/card.json")["init_report"]
+    assert "format HiCo" in read_json(project / "models/encoders/fold0/card.json")["init_report"]
     assert to_extras({"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}) == {}
+
+
+# --- published arrays -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(shared: Path) -> Path:
+    folder = shared / "golden/hico"
+    if not folder.is_dir():
+        pytest.skip("the shared folder has no golden/hico")
+    return folder
+
+
+def test_goldens__all_but_the_large_network(published: Path) -> None:
+    """The program `tests/check_goldens.py` also checks the network at 224 pixels."""
+    index = read_json(published / "index.json")
+    assert goldens_hico.recognises(index)
+    found = [(name, check) for name, _, check in goldens_hico.cases(published, index) if not name.startswith("network")]
+    assert len(found) >= 25
+    for _, check in found:
+        check()
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "soft_ce", "step_total", "fpn", "lr_pretrain", "finetune_metrics"])
+def test_goldens__a_wrong_number_is_noticed(published: Path, kind: str) -> None:
+    index = read_json(published / "index.json")
+    check = next(check for name, _, check in goldens_hico.cases(published, index) if name.startswith(kind))
+    case, settings = check.args
+    results = [name for name in case if not name.startswith(("local_i", "medium_", "global_i", "global_j", "local_j", "logits", "labels", "predictions"))]
+    for name in {"hierarchical": ["global_local", "grad_local_j", "cross_view_gm"], "step_total": ["total", "grad_logits_i"]}.get(kind, results):
+        wrong = {**case, name: case[name] + (1 if case[name].dtype.kind == "i" else 1e-3 * (abs(case[name]).max() + 1))}
+        with pytest.raises(Mismatch):
+            goldens_hico.CHECKS[kind](wrong, settings)

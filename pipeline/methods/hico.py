@@ -8,7 +8,7 @@ target that does not sum to one; `sonoscope preset hico_official` sets every opt
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
