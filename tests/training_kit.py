@@ -153,11 +153,12 @@ def make_config(folder: Path, **changes: Any) -> Config:
     return load_config(folder / "params.yaml")
 
 
-def make_inputs(store: FrameStore, fingerprint: str = "0123456789abcdef") -> PretrainInputs:
-    """All videos of a store as the input of one pretraining run."""
+def make_inputs(store: FrameStore, fingerprint: str = "0123456789abcdef", told: bool = False) -> PretrainInputs:
+    """All videos of a store as the input of one pretraining run; `told`: of a method that reads labels."""
     refs = gather_videos([store])
     labels = ["ab".index(r.row.label) for r in refs]
-    return PretrainInputs(refs, [r.row.patient for r in refs], labels, ["a", "b"], labels, ["a", "b"], [], fingerprint)
+    targets = labels if told else [-1] * len(labels)
+    return PretrainInputs(refs, [r.row.patient for r in refs], labels, ["a", "b"], targets, ["a", "b"] if told else [], [], fingerprint)
 
 
 class ListTracker(NullTracker):
@@ -190,7 +191,8 @@ def never() -> StopAfter:
 
 def make_run(config: Config, store: FrameStore, scratch: Path, tracker: NullTracker | None = None) -> Pretraining:
     """A pretraining run in this process."""
-    return Pretraining(config, make_inputs(store), scratch, tracker or NullTracker("pretrain"), threads=1)
+    told = METHODS.get(config.pretrain.method).label_share(config.method_params) > 0
+    return Pretraining(config, make_inputs(store, told=told), scratch, tracker or NullTracker("pretrain"), threads=1)
 
 
 def make_method(
