@@ -92,25 +92,27 @@ def _shrink(picture: np.ndarray, target: tuple[int, int]) -> np.ndarray:
 def prepare(picture: np.ndarray, rules: dict[str, Any]) -> np.ndarray:
     """One picture as the network was trained to see it. uint8 [H, W] or [H, W, 3] (RGB) -> float32 [3, size, size].
 
-    Grey first where the training frames were grey, then down to the stored short side, then the central square at the image
-    size, then (x / 255 - mean) / std.
+    Grey first where the training frames were grey, then down to the stored short side, then to the working size, of which the
+    central square is brought to the image size, then (x / 255 - mean) / std.
     """
     import cv2
 
     if rules["color"] == "gray" and picture.ndim == 3:
         picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-    size, stored = rules["size"], rules.get("stored_short_side")
+    size, working, stored = rules["size"], rules["working_size"], rules["stored_short_side"]
     height, width = picture.shape[:2]
     if stored and stored < min(height, width):
         scale = stored / min(height, width)
         picture = _shrink(picture, (max(1, round(width * scale)), max(1, round(height * scale))))
         height, width = picture.shape[:2]
-    scale = size / min(height, width)
-    square = rules["resize"] == "square"
-    picture = _shrink(picture, (size, size) if square else (max(size, round(width * scale)), max(size, round(height * scale))))
+    scale = working / min(height, width)
+    sides = (working, working) if rules["resize"] == "square" else (round(width * scale), round(height * scale))
+    picture = _shrink(picture, (max(working, sides[0]), max(working, sides[1])))
     height, width = picture.shape[:2]
-    top, left = (height - size) // 2, (width - size) // 2
-    picture = picture[top : top + size, left : left + size]
+    top, left = (height - working) // 2, (width - working) // 2
+    picture = picture[top : top + working, left : left + working]
+    if working != size:
+        picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
     channels = np.repeat(picture[None], 3, 0) if picture.ndim == 2 else picture.transpose(2, 0, 1)
     mean, std = (np.array(rules[name], np.float32)[:, None, None] for name in ("mean", "std"))
     return ((channels.astype(np.float32) / np.float32(255) - mean) / std).astype(np.float32)

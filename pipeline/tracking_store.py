@@ -314,10 +314,9 @@ class Deliverer:
         else:
             shown = {"backbone": about["network"]["backbone"], "image_size": about["network"]["image_size"]}
             shown |= {key: about[key] for key in ("head", "fold", "scope", "stamp") if about[key] is not None}
-            params = {**shown, "method": about["training"].get("method", "random")}
-            model = client.create_logged_model(
-                experiment, name, run_id, {"fingerprint": about["fingerprint"]}, {key: str(value) for key, value in params.items()}, about["kind"]
-            )
+            shown["method"] = about["training"].get("method", "random")
+            params, tags = {key: str(value) for key, value in shown.items()}, {"fingerprint": about["fingerprint"]}
+            model = client.create_logged_model(experiment, name, run_id, tags, params, about["kind"])
         if model.model_id not in [output.model_id for output in (run.outputs.model_outputs if run.outputs else [])]:
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         return model

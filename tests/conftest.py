@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real clips lie, when they are there."""
+"""Shared fixtures: where the real clips lie, when they are there; an empty MLflow store."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def shared() -> Path:
     if folder is None:
         pytest.skip("needs the shared data folder; set SONOSCOPE_SHARED to it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite store with its tables: creating them takes seconds, copying the file does not."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path

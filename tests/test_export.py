@@ -17,11 +17,10 @@ from weights_kit import GROUPS, make_classifier, make_encoder
 
 from pipeline.cli import main
 from pipeline.errors import CheckpointError, PipelineError
-from pipeline.export.card import load_snippet
 from pipeline.export.facts import about, find_weights
 from pipeline.export.formats import export, load_network, sample_images
 from pipeline.models.backbones import build_trunk
-from pipeline.models.catalog import describe, names
+from pipeline.models.catalog import LEVEL_HEADS, describe, names
 
 torch.set_num_threads(1)
 
@@ -199,7 +198,8 @@ def test_command__writes_below_exports(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     assert main(["export", "models/encoders/fold0", "--to", "torchvision"]) == 0
     assert "largest difference" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "exports/fold0-torchvision").iterdir()) == ["MODEL_CARD.json", "MODEL_CARD.md", "resnet10-encoder.pth"]
+    written = sorted(path.name for path in (tmp_path / "exports/fold0-torchvision").iterdir())
+    assert written == ["MODEL_CARD.json", "MODEL_CARD.md", "resnet10-encoder.pth"]
     assert main(["export", "models/encoders/fold7", "--to", "onnx"]) == 2
     assert "does not exist" in capsys.readouterr().err
 
@@ -212,7 +212,15 @@ def test_pictures__of_the_check_are_seeded_and_not_only_noise() -> None:
     assert cv2.countNonZero((images[5, 0].numpy() <= -1.99).astype(np.uint8)) > 64, "black outside of the fan"
 
 
-def test_snippet__of_a_head_of_several_levels_is_refused_before(tmp_path: Path) -> None:
-    folder = make_classifier(tmp_path / "in", "resnet10", "linear", head="hico_pyramid")
-    table = about(find_weights(folder))
-    assert not table["scorable"] and "onnxruntime" in load_snippet(table, "onnx", "x.onnx")
+@pytest.mark.parametrize("head", LEVEL_HEADS)
+def test_heads_of_several_levels__go_to_onnx_only(tmp_path: Path, head: str) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = make_classifier(tmp_path / "in", "resnet10", head)
+    assert not about(find_weights(folder))["scorable"]
+    with pytest.raises(CheckpointError, match="several levels of features.*--to onnx"):
+        export(folder, "torchvision", tmp_path / "out/w.pth")
+    out, _, text = exported(folder, "onnx", tmp_path / "out/w.onnx")
+    images = sample_images(32, "imagenet", 1)
+    assert np.abs(run_card(text, out.parent, images.numpy()) - wanted(folder, images)).max() < 1e-4
+    with pytest.raises(CheckpointError, match="at 32 pixels only"):
+        export(folder, "onnx", tmp_path / "out/w.onnx", image_size=64)

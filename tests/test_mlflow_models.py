@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from weights_kit import GROUPS, make_classifier, make_encoder
+from training_kit import make_project, run_stage
+from weights_kit import GROUPS, PREPROCESSING, make_classifier, make_encoder
 
 from pipeline.config import Config
+from pipeline.data.store import FrameStore
 from pipeline.data.transforms import evaluation_view, normalize, render, resize_frame
 from pipeline.errors import TrackingError
 from pipeline.export.facts import about, find_weights
@@ -29,16 +32,6 @@ torch.set_num_threads(1)
 
 def config(**tracking: Any) -> Config:
     return Config.model_validate({"methods": {"ucl": {}}, "tracking": {"flush_seconds": 0.05, **tracking}})
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store with its tables: creating them takes seconds, copying the file does not."""
-    from mlflow.tracking import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -80,15 +73,15 @@ def frames(count: int = 5, colour: bool = True) -> list[np.ndarray]:
 
 
 def as_in_the_pipeline(pictures: list[np.ndarray], folder: Path, *, grey: bool = True) -> np.ndarray:
-    """Extraction's grey and short side (without JPEG), the evaluation's central view, and our own network."""
+    """Extraction's grey and short side (without JPEG), the evaluation's central view at working size 40, and our own network."""
     images = np.empty((len(pictures), 32, 32), np.uint8) if grey else np.empty((len(pictures), 32, 32, 3), np.uint8)
     for picture, out in zip(pictures, images, strict=True):
         frame = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) if grey and picture.ndim == 3 else picture
         if min(frame.shape[:2]) > 96:
             scale = 96 / min(frame.shape[:2])
             frame = cv2.resize(frame, (round(frame.shape[1] * scale), round(frame.shape[0] * scale)), interpolation=cv2.INTER_AREA)
-        frame = resize_frame(frame, 32)
-        render(frame, evaluation_view(frame.shape[:2], 32), 32, out)
+        frame = resize_frame(frame, 40)
+        render(frame, evaluation_view(frame.shape[:2], 40), 32, out)
     with torch.no_grad():
         found = load_network(find_weights(folder))(normalize(torch.from_numpy(images)))
     return (found.softmax(1) if find_weights(folder).kind == "classifier" else found).numpy()
@@ -152,8 +145,7 @@ def test_score__every_form_of_input_gives_what_the_network_gives(root: Path, bac
 
 
 def test_colour__rgb_corpora_are_not_turned_grey(root: Path) -> None:
-    rules = {"color": "rgb", "stored_short_side": 96, "resize": "short_side", "normalization": "imagenet"}
-    folder = make_encoder(root / "in", "resnet10", preprocessing=rules)
+    folder = make_encoder(root / "in", "resnet10", preprocessing=PREPROCESSING | {"color": "rgb"})
     _, results = score(root, f"runs:/{log(folder, 'encoder')}/encoder", np.zeros((1, 32, 32, 3), np.uint8))
     assert np.abs(results["paths"] - as_in_the_pipeline(frames(), folder, grey=False)).max() < 1e-5
 
@@ -271,3 +263,20 @@ def test_requirements__few_and_pinned() -> None:
 )  # fmt: skip
 def test_address__is_a_folder_here_or_not(uri: str, folder: Path | None) -> None:
     assert local_folder(uri) == folder
+
+
+def test_stages__log_models_that_repeat_the_predictions(tmp_path: Path) -> None:
+    """pretrain and finetune of one fold; the logged classifier gives the stored frames the probabilities of predictions.csv."""
+    make_project(tmp_path, finetune__initialisations=["pretrained"], finetune__epochs=1, pretrain__epochs=1, tracking__enabled=True)
+    for words in (("pretrain", "--fold", "0"), ("finetune", "--init", "pretrained", "--fold", "0")):
+        done = run_stage(tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+    with open(tmp_path / "models/finetuned/pretrained-seed0-fold0/predictions.csv", newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row["part"] == "test"]
+    store = FrameStore(tmp_path / "data/frames/main")
+    pictures = np.stack([store.frame(row["video"], int(row["frame"])) for row in rows])
+    found = {model.name: model for model in models(tmp_path)}
+    assert set(found) == {"encoder", "classifier"}
+    facts, results = score(tmp_path, found["classifier"].model_uri, pictures)
+    wanted = np.array([[float(row["p_a"]), float(row["p_b"])] for row in rows])
+    assert np.abs(results["array"] - wanted).max() < 1e-5 and facts["columns"]["array"] == ["a", "b"]

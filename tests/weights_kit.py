@@ -12,10 +12,10 @@ from pipeline.files import write_json
 from pipeline.models.backbones import build_backbone
 from pipeline.models.classifier import Classifier
 
-__all__ = ["GROUPS", "make_classifier", "make_encoder"]
+__all__ = ["GROUPS", "PREPROCESSING", "make_classifier", "make_encoder"]
 
 GROUPS = ["P0ba3c23bb0", "P10b1e9bb64", "P1b6d11ab68", "P4689568dc8", "P4690947629"]
-PREPROCESSING = {"color": "gray", "stored_short_side": 96, "resize": "short_side", "normalization": "imagenet"}
+PREPROCESSING = {"color": "gray", "stored_short_side": 96, "resize": "short_side", "working_size": 40, "normalization": "imagenet"}
 
 
 def _lively(network: torch.nn.Module) -> torch.nn.Module:
@@ -46,7 +46,7 @@ def make_classifier(folder: Path, name: str, kind: str, **changes: Any) -> Path:
     """A folder of a fine-tuned classifier of two classes with the head `kind`; `changes` go into its card."""
     backbone, features = build_backbone(name, seed=3, image_size=32)
     torch.manual_seed(0)
-    network = _lively(Classifier(backbone, name, features, 2, head=kind, trainable="linear", batchnorm="frozen"))
+    network = _lively(Classifier(backbone, name, features, 2, head=kind, trainable="linear", batchnorm="frozen", image_size=32))
     card = {
         "schema": 1, "init": "pretrained", "seed": 0, "fold": 0, "fingerprint": "fedcba9876543210", "classes": ["a", "b"],
         "train_groups": GROUPS[:2], "validation_groups": GROUPS[2:3], "test_groups": GROUPS[3:], "pretrain_groups": GROUPS,

@@ -7,6 +7,8 @@ from typing import Any
 
 __all__ = ["load_snippet", "render_card"]
 
+_OTHER_WEIGHTS = " Pretraining started from other weights (`start` below), whose licence applies as well."
+
 
 def _torch_network(about: Mapping[str, Any], library: str) -> list[str]:
     """Lines that build the library's network for the weights, classifier included."""
@@ -88,13 +90,17 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
 def _preprocessing(about: Mapping[str, Any]) -> list[str]:
     rules = about["preprocessing"]
     size = rules["size"]
+    stored = ", ".join(f"{key} {value}" for key, value in rules["extraction"].items())
     shrink = f"shrink so that the short side has {rules['stored_short_side']} pixels if it has more; " if rules["stored_short_side"] else ""
-    fit = f"resize to {size} x {size}" if rules["resize"] == "square" else f"resize the short side to {size} pixels, cut out the central square"
+    side = rules["working_size"]
+    fit = f"resize to {side} x {side}" if rules["resize"] == "square" else f"resize the short side to {side} pixels, cut out the central square"
+    last = f"; bring it to {size} x {size} (linear)" if side != size else ""
     colour = {"gray": "convert to grey; ", "rgb": "RGB; "}.get(rules["color"], "(grey or RGB: not recorded); ")
     return [
-        f"1. {colour}{shrink}{fit} (area averaging when shrinking).",
+        f"1. {colour}{shrink}{fit} (area averaging when shrinking){last}.",
         f"2. Divide by 255, subtract {rules['mean']}, divide by {rules['std']} per channel ({rules['normalization']}).",
         f"3. Give the network float32 [B, 3, {size}, {size}]; grey fills the three channels.",
+        *(["", f"Frames of the training videos were stored with {stored}."] if stored else []),
     ]
 
 
@@ -117,17 +123,18 @@ def render_card(about: Mapping[str, Any], exported: Mapping[str, Any]) -> str:
     ]
     use = [
         "Research on the kind of video it was trained on; a start for further training.", "",
-        "**Not** a medical device: not for diagnosis, triage, treatment or any decision about a patient. Not for other organs, probes, machines or "
-        "populations without evaluation on them. Not for telling who a patient is. It was trained on few patients of one corpus; expect it to fail elsewhere.",
+        "**Not** a medical device: not for diagnosis, triage, treatment or any decision about a patient. Not for other organs, probes, machines "
+        "or populations without evaluation on them. Not for telling who a patient is. It was trained on the patients of one corpus; expect it "
+        "to be worse elsewhere.",
     ]
     licence = [
-        "Licence of the training data: **to be filled in** by whoever shares this file (may weights trained on these data be passed on, and to whom?).", "",
-        "Licence of these weights: **to be filled in**." + (
-            " Pretraining started from other weights (`start` below), whose licence applies as well." if training.get("start", "random") != "random" else ""
-        ),
+        "Licence of the training data: **to be filled in** by whoever shares this file (may weights trained on these data be passed on?).", "",
+        f"Licence of these weights: **to be filled in**.{_OTHER_WEIGHTS if training['start'] != 'random' else ''}",
     ]
+    size = about["preprocessing"]["size"]
     load = [
-        f"`images` is float32 [B, 3, {about['preprocessing']['size']}, {about['preprocessing']['size']}], prepared as described below.", "", "```python", load_snippet(about, exported["form"], exported["file"]), "```",
+        f"`images` is float32 [B, 3, {size}, {size}], prepared as described below.", "",
+        "```python", load_snippet(about, exported["form"], exported["file"]), "```",
     ]
     made = {**about["versions"], "git revision at export": exported["git_revision"] or "unknown", "check": exported["check"]}
     sections = {

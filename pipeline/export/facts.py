@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.transforms import STATISTICS
+from pipeline.data.transforms import STATISTICS, working_size
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import hash_file, read_json
 from pipeline.models.catalog import describe
@@ -80,10 +80,12 @@ def find_weights(target: Path) -> Weights:
 
 
 def input_facts(config: Config, augmentation: AugmentationParams) -> dict[str, Any]:
-    """How frames become network inputs, as it goes into a card: the steps before the random views."""
+    """How frames become network inputs, as it goes into a card: extraction's steps and those without random views."""
+    without = {"color", "short_side", "on_error", "workers", "max_pixels", "frames_per_second", "max_frames"}
     return {
         "color": config.extract.color, "stored_short_side": config.extract.short_side, "resize": augmentation.resize,
-        "normalization": augmentation.normalization,
+        "working_size": working_size(augmentation, config.pretrain.image_size), "normalization": augmentation.normalization,
+        "extraction": config.extract.model_dump(mode="json", exclude=without),
     }
 
 
@@ -92,8 +94,9 @@ def _preprocessing(card: Mapping[str, Any]) -> dict[str, Any]:
     normalization = known.get("normalization", card.get("normalization", "imagenet"))
     mean, std = STATISTICS[normalization]
     return {
-        "size": card["image_size"], "color": known.get("color", "unknown"), "stored_short_side": known.get("stored_short_side"),
+        "size": card["image_size"], "working_size": known.get("working_size", card["image_size"]), "color": known.get("color", "unknown"), "stored_short_side": known.get("stored_short_side"),
         "resize": known.get("resize", "short_side"), "normalization": normalization, "mean": list(mean), "std": list(std),
+        "extraction": known.get("extraction", {}),
     }
 
 
@@ -174,7 +177,8 @@ def about(weights: Weights) -> dict[str, Any]:
     keys = ("method", "epochs", "steps", "seed", "parameters", "selection", "selected_epoch", "trainable", "label_fraction", "device")
     scope = card.get("pretrain_scope" if classifier else "scope", "none")
     network = _network(card)
-    training = {"start": card.get("pretrain_init" if classifier else "init", "random")} | {key: card[key] for key in keys if card.get(key) is not None}
+    training = {key: card[key] for key in keys if card.get(key) is not None}
+    training["start"] = card.get("pretrain_init" if classifier else "init", "random")
     return {
         "schema": 1, "scorable": not classifier or card["head"] in LIBRARY_HEADS,
         "name": f"{network['backbone']} {weights.kind}, {card.get('method', 'random')}", "kind": weights.kind,

@@ -65,7 +65,8 @@ def _load_strictly(network: nn.Module, state: Mapping[str, torch.Tensor], what: 
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
     if missing or extra or wrong:
-        found = [f"{len(names)} {word} ({', '.join(names[:3])})" for names, word in ((missing, "missing"), (extra, "too many"), (wrong, "of another shape")) if names]
+        kinds = {"missing": missing, "too many": extra, "of another shape": wrong}
+        found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
         raise CheckpointError(f"export: {what}: tensors do not fit: {'; '.join(found)}. Is the card beside the weights theirs?")
     network.load_state_dict(state)
 
@@ -90,7 +91,9 @@ def plain_state(weights: Weights, table: Mapping[str, Any]) -> dict[str, torch.T
 def _refuse_wrong_library(table: Mapping[str, Any], form: str) -> None:
     network = table["network"]
     if form == "torchvision" and network["library"] == "timm":
-        raise CheckpointError(f"export: {network['backbone']} has timm's names; torchvision's vision transformers are built otherwise. Use --to timm.")
+        raise CheckpointError(
+            f"export: {network['backbone']} has timm's names; torchvision's vision transformers are built otherwise. Use --to timm."
+        )
     if form == "timm" and not network["timm_name"]:
         raise CheckpointError(f"export: timm knows no {network['backbone']} of this shape. Use --to torchvision, safetensors or onnx.")
 
@@ -155,8 +158,8 @@ def _difference(found: np.ndarray, wanted: np.ndarray, form: str) -> float:
     difference = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
     if not difference <= TOLERANCE:
         raise PipelineError(
-            f"export: the {form} file gives other numbers than the original network (largest difference {difference:.2g}, allowed {TOLERANCE:g}); "
-            f"nothing was written. Please report it with the versions that `sonoscope doctor` prints."
+            f"export: the {form} file gives other numbers than the original network (largest difference {difference:.2g}, allowed "
+            f"{TOLERANCE:g}); nothing was written. Please report it with the versions that `sonoscope doctor` prints."
         )
     return difference
 
@@ -201,8 +204,11 @@ def export(target: Path, form: str, out: Path | None = None, *, image_size: int 
         raise PipelineError(f"export: --to {form}: allowed are {', '.join(FORMS)}")
     _refuse_wrong_library(table, form)
     size = image_size or table["preprocessing"]["size"]
-    table["preprocessing"]["size"] = _fitting_size(table, size)
-    out = Path(out) if out else Path("exports") / f"{weights.path.resolve().parent.name}-{form}" / f"{weights.card['backbone']}-{weights.kind}{FORMS[form]}"
+    rules = table["preprocessing"]
+    rules["working_size"] = round(rules["working_size"] * _fitting_size(table, size) / rules["size"])
+    rules["size"] = size
+    folder_name = f"{weights.path.resolve().parent.name}-{form}"
+    out = Path(out or Path("exports") / folder_name / f"{weights.card['backbone']}-{weights.kind}{FORMS[form]}")
     if out.suffix != FORMS[form]:
         raise PipelineError(f"export: --out {out.name}: a file for {form} ends in {FORMS[form]}")
     _refuse_other_card(out)

@@ -131,6 +131,8 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
         table = about(find_weights(output))
         if table["scorable"]:
             tracker.log_model(done / "model.safetensors", table, "classifier")
+        else:
+            tracker.set_tags({"model": f"not logged: head {table['head']} takes several levels of features; sonoscope export --to onnx"})
         tracker.write_sidecar(Path(f"reports/runs/finetune-{init}-seed{seed}-fold{fold_number}.json"), fingerprint=key)
     return f"finetune {item}: {'finished result reused' if reused else 'done'}; predictions in {output}"
 
@@ -189,9 +191,10 @@ def _finetune(
     number = {name: i for i, name in enumerate(splits.classes)}
     labels = np.array([number[splits.labels[ref.video]] for ref in refs], np.int64)
     groups = [splits.groups[ref.video] for ref in refs]
+    joint = any(ref.row.kind == "stretch" for ref in refs)
     # The validation patients' labels choose the epoch, so they count towards the label budget as well.
     train, validation = (
-        subset_by_patient([index[v] for v in parts[part]], labels, groups, params.label_fraction, identity["seed"])
+        subset_by_patient([index[v] for v in parts[part]], labels, groups, params.label_fraction, identity["seed"], joint=joint)
         for part in ("train", "validation")
     )
     data = FinetuneData(frames, labels, groups, splits.classes, train, validation, [index[v] for v in parts["test"]])
