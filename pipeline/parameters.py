@@ -65,6 +65,10 @@ class DataParams(Section):
     path_column: str = "auto"
     label_column: str = "auto"
     patient_column: str = "auto"
+    frame_labels: str = ""
+    """Labels of single frames: annotation file of each video, e.g. `phase_annotations/{stem}-phase.txt`; empty for none."""
+    frame_label_stride: int = Field(1, ge=1)
+    """Rows of the annotation from one frame of the source to the next: 25 for pictures taken once a second of 25."""
     group: Literal["patient", "video"] = "patient"
     """The unit that may not be divided by a split. `video` is for data without patient identities and is said loudly."""
     media: Literal["all", "video", "image"] = "all"
@@ -100,8 +104,9 @@ class ExtractParams(Section):
 class SplitParams(Section):
     """Patient-grouped, stratified folds."""
 
-    folds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=2)
-    """Outer folds by number: 0, 1, ... k-1. DVC runs one pretraining and one fine-tuning item per fold."""
+    folds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    """Outer folds by number: 0, 1, ... k-1. DVC runs one pretraining and one fine-tuning item per fold. One fold alone is a fixed
+    division into training and test, which `file` must give."""
     inner_folds: int = Field(3, ge=2)
     """Training patients are divided into this many parts; one of them is the inner validation part."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -116,6 +121,12 @@ class SplitParams(Section):
         if value != list(range(len(value))):
             raise ValueError(f"must be the numbers 0 to k-1 in order, for example [0, 1, 2, 3, 4]; got {value}")
         return value
+
+    @model_validator(mode="after")
+    def _one_fold_is_given(self) -> SplitParams:
+        if len(self.folds) < 2 and self.file is None:
+            raise ValueError("folds: [0] is a fixed division into training and test, which split.file must give; or use at least two folds")
+        return self
 
 
 class OptimizerParams(Section):
@@ -320,6 +331,8 @@ class EvaluateParams(Section):
 
     aggregation: Literal["mean", "max", "vote"] = "mean"
     """How frame probabilities become one probability a video, and videos one a patient."""
+    phase_convention: Literal["union", "gt", "all"] = "union"
+    """Phases in the macro F1 of a video with labels of frames: those in labels or predictions, in the labels, or all."""
     bootstrap: int = Field(2000, ge=100)
     """Patient-level bootstrap replicates."""
     confidence: float = Field(0.95, gt=0.5, lt=1)

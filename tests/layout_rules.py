@@ -36,7 +36,7 @@ ORDER = """
     data.dicom
     data.video data.manifest
     data.store data.labels
-    data.contact_sheet
+    data.contact_sheet data.frame_labels
     data.extract
     data.anatomy
     data.synthetic
@@ -72,6 +72,8 @@ ORDER = """
     training.pretrain
     training.pretrain_stage training.finetune_stage
     export.formats
+    embed
+    retrieval
     machine presets
     doctor
     cli
@@ -99,8 +101,10 @@ UNTRACKED = {
     "config": "checks; every value stands in params.yaml, whose keys are tracked (test_params__*)",
     "cli": "prints errors",
     "doctor": "reached through cli only",
+    "embed": "reached through cli only",
     "machine": "reached through cli only",
     "presets": "reached through cli only",
+    "retrieval": "reached through cli only",
     "launch": "starts processes; their number changes no sample",
     "reproducibility": "seeds from parameters",
     "checkpoint": "reads and writes weights unchanged, or refuses",

@@ -9,18 +9,12 @@ from __future__ import annotations
 import csv
 import errno
 import io
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,16 +23,18 @@ from tqdm import tqdm
 
 from pipeline.config import Config, fingerprint
 from pipeline.data.contact_sheet import write_contact_sheets
+from pipeline.data.frame_labels import cut_videos
 from pipeline.data.dicom import is_dicom, read_identity
 from pipeline.data.labels import LabelledMedia, read_labelled_media
 from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
+from pipeline.data.pool import CRASHED, run_isolated, usable_cores
 from pipeline.data.store import FrameStore, write_video
 from pipeline.data.video import Facts, Media, MediaReader, content_hash
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import atomic_write, hash_file, read_json, scratch_folder, write_json
 from pipeline.parameters import ExtractParams
 
-__all__ = ["Extracted", "Task", "extract_one", "extract_source", "extraction_fingerprint"]
+__all__ = ["Extracted", "Task", "extract_media", "extract_one", "extract_source", "extraction_fingerprint"]
 
 FORMAT = 1
 """Raised when the same file and parameters would give other frames, so that old scratch results are not reused."""
@@ -89,18 +85,6 @@ def extraction_fingerprint(params: ExtractParams) -> str:
     code = [hash_file(Path(__file__).with_name(name)) for name in ("video.py", "dicom.py", "store.py")]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
     return fingerprint({"format": FORMAT, "code": code, "opencv": cv2.__version__, **decisive})
-
-
-def _start_worker() -> None:
-    """Set up a worker: one thread, a silent end on Ctrl-C, and no life after the parent's death."""
-    cv2.setNumThreads(1)
-    # A job in the background of a shell ignores Ctrl-C as a whole; its workers must not die of it alone.
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        # A killed parent cannot tell its workers; without this they would wait for tasks for ever.
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def extract_one(task: Task) -> Extracted:
@@ -159,45 +143,9 @@ def _write_problem(error: OSError, folder: Path) -> str:
     return f"{folder}: cannot be written ({error.strerror or error})"
 
 
-def _run_pool(waiting: deque[Task], workers: int, suspects: list[Task]) -> Iterator[Extracted]:
-    """Work through `waiting`; if a worker process dies, put the tasks under way into `suspects` and return."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    running: dict[Future[Extracted], Task] = {}
-    try:
-        while (waiting or running) and not suspects:
-            # Few tasks at a time, so that the death of a process leaves few suspects.
-            while waiting and len(running) < 2 * workers:
-                task = waiting.popleft()
-                try:
-                    running[pool.submit(extract_one, task)] = task
-                except BrokenProcessPool:
-                    suspects.append(task)
-                    break
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                task = running.pop(future)
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    suspects.append(task)
-        suspects += running.values()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _run_tasks(tasks: list[Task], workers: int) -> Iterator[Extracted]:
-    """Results in the order they come. A file that kills its process is found by trying the suspects one by one."""
-    waiting = deque(tasks)
-    while waiting:
-        suspects: list[Task] = []
-        yield from _run_pool(waiting, workers, suspects)
-        for task in suspects:
-            crashed: list[Task] = []
-            yield from _run_pool(deque([task]), 1, crashed)
-            if crashed:
-                reason = "reading it ended the decoding process (crash or out of memory)"
-                yield Extracted(task.media.path, reason=reason)
+    """Results in the order they come, each from a process that may die with its file."""
+    yield from run_isolated(extract_one, tasks, workers, lambda task: Extracted(task.media.path, reason=CRASHED))
 
 
 def _size(media: Media) -> int:
@@ -293,7 +241,8 @@ def _metrics(manifest: Manifest, results: list[Extracted], seconds: float) -> di
         "decoded": sum(row.frames_decoded for row in rows),
         "claimed_mismatches": sum(row.frames_claimed not in (None, row.frames_decoded) for row in rows),
         "quarantined": sum(bool(result.reason) for result in results),
-        "merged_copies": sum(not result.reason for result in results) - len(rows),
+        "merged_copies": sum(not result.reason for result in results) - len({r.sha256 for r in results if not r.reason}),
+        "stretches": sum(row.kind == "stretch" for row in rows),
         "labelled": sum(row.label != "" for row in rows),
         "patients": len({row.patient for row in rows} - {""}),
         "stored_megabytes": round(sum(row.bytes for row in rows) / 1e6, 3),
@@ -312,6 +261,23 @@ def _clean_scratch(scratch: Path) -> None:
                 part.unlink()
         except FileNotFoundError:
             continue  # another run renamed or removed it in between
+
+
+def extract_media(
+    found: LabelledMedia, params: ExtractParams, scratch: Path, *, source: str, key: str
+) -> tuple[list[VideoRow], list[Extracted]]:
+    """Extract media into the folder `scratch` with several processes: rows of the readable ones, results of all.
+
+    Args:
+        key: of the pseudonyms. source: name of the source in the rows.
+
+    Raises:
+        DataError: nothing can be written any more.
+    """
+    tasks = [Task(item, params, found.labels[item.path].fps, scratch, key) for item in found.media]
+    wanted = usable_cores() if params.workers == "auto" else max(1, params.workers)
+    results = _extract_all(tasks, min(wanted, len(tasks)))
+    return _rows(source, found, results, key), results
 
 
 def extract_source(source: str, config: Config, output: Path, report_folder: Path) -> dict[str, float]:
@@ -342,12 +308,11 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
         _clean_scratch(scratch)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror})") from None
-    tasks = [Task(item, params, found.labels[item.path].fps, scratch, config.data.pseudonym_key) for item in found.media]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = cores if params.workers == "auto" else max(1, params.workers)
-    results = _extract_all(tasks, min(wanted, len(tasks)))
+    rows, results = extract_media(found, params, scratch, source=source, key=config.data.pseudonym_key)
     quarantined = [result for result in results if result.reason]
-    rows = _rows(source, found, results, config.data.pseudonym_key)
+    if source == "main" and config.data.frame_labels:
+        rows, notes = cut_videos(rows, config.data, params, scratch)
+        found.notes += notes
     manifest = _fill_output(output, scratch, rows, quarantined)
     metrics = _metrics(manifest, results, time.perf_counter() - started)
     write_json(report_folder / "metrics.json", metrics)

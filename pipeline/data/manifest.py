@@ -23,7 +23,7 @@ __all__ = ["SCHEMA", "Manifest", "VideoRow", "merge_identical", "pseudonym"]
 SCHEMA = 2
 _VIDEO_ID = re.compile(r"[0-9a-f]{16}")
 _CHOICES = {
-    "kind": ("video", "image", "frames"),
+    "kind": ("video", "image", "frames", "stretch"),
     "fps_source": (
         "container", "table", "assumed", "none", "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate",
     ),
@@ -47,6 +47,7 @@ class VideoRow:
     label: str
     """Empty when unlabelled."""
     kind: str
+    """`video`, `image`, `frames` (a folder of pictures), or `stretch`: the part of a video with one label of `data.frame_labels`."""
     frames: int
     """Frames in the store."""
     frames_decoded: int

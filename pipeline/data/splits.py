@@ -150,12 +150,12 @@ class Splits:
                         f"split: fold {fold.fold}: video {video} has no group, or no label among the classes"
                     )
         missing = sorted(set(self.labels) - set(tested))
-        if missing:
+        if missing and len(self.folds) > 1:
             raise DataError(f"split: labelled video {missing[0]} is in no test fold ({len(missing)} such videos)")
         numbers = [fold.fold for fold in self.folds]
-        if numbers != list(range(len(numbers))) or (len(numbers) < 2 and self.labels):
+        if numbers != list(range(len(numbers))) or (not numbers and self.labels):
             raise DataError(
-                f"split: folds are numbered {numbers}; expected 0, 1, ... and at least 2"
+                f"split: folds are numbered {numbers}; expected 0, 1, ... and at least 1"
             )
         homeless = sorted(
             {*self.unlabelled, *(v for ids in self.extra_sources.values() for v in ids)} - set(self.groups)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_of
 from pipeline.errors import DataError
@@ -36,7 +36,7 @@ from PIL import Image  # noqa: E402
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-__all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_media"]
+__all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_media", "sniff", "source_frames"]
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 VIDEO_EXTENSIONS = frozenset(
@@ -49,6 +49,7 @@ ASSUMED_FPS = 25.0
 _ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}
 _STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
 _NUMBERED = re.compile(r"\d+", re.ASCII)
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _printable(path: Path) -> str:
     return "".join(letter if unicodedata.category(letter) != "Cc" else f"\\x{ord(letter):02x}" for letter in text)
 
 
-def _sniff(path: Path) -> str:
+def sniff(path: Path) -> str:
     """`image` or `video`, by the first bytes; unreadable files count as video and fail when opened, with a reason."""
     try:
         with open(path, "rb") as handle:
@@ -89,6 +90,11 @@ def _sniff(path: Path) -> str:
     return "image" if head.startswith(_STILL_MAGIC) else "video"
 
 
+def _frame_number(folder: Path, path: Path) -> str:
+    """The stem without the folder's own name in front: `000001` of video01/video01_000001.png."""
+    return path.stem.removeprefix(f"{folder.name}_")
+
+
 def _is_frame_folder(
     folder: Path, names: list[str], subfolders: list[str], single: Collection[str], root: Path
 ) -> bool:
@@ -97,7 +103,7 @@ def _is_frame_folder(
         return False
     for name in names:
         path = Path(name)
-        if path.suffix.lower() not in IMAGE_EXTENSIONS or not _NUMBERED.fullmatch(path.stem):
+        if path.suffix.lower() not in IMAGE_EXTENSIONS or not _NUMBERED.fullmatch(_frame_number(folder, path)):
             return False
     return not any(_printable((folder / name).relative_to(root)) in single for name in names)
 
@@ -141,7 +147,7 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
             if name == "DICOMDIR":
                 continue  # the table of contents of a DICOM medium; its files are found by themselves
             if relative in named or extension in IMAGE_EXTENSIONS or extension in VIDEO_EXTENSIONS or is_dicom(path):
-                survey.media.append(Media(relative, _sniff(path), path))
+                survey.media.append(Media(relative, sniff(path), path))
             elif extension != ".csv":
                 skipped[extension or "no extension"] += 1
     survey.media.sort(key=lambda item: os.fsencode(item.path))
@@ -156,7 +162,7 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
 def _frame_files(folder: Path) -> list[Path]:
     """The images of a frame folder in the order of their numbers."""
     files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and path.name[0] != "."]
-    return sorted(files, key=lambda path: (int(path.stem), path.name))
+    return sorted(files, key=lambda path: (int(_frame_number(folder, path)), path.name))
 
 
 def content_hash(media: Media) -> str:
@@ -301,7 +307,7 @@ def _check_pixels(path: str, width: int, height: int, max_pixels: int) -> None:
         )
 
 
-class _Thinner:
+class _Thinner(Generic[Kept]):
     """Keeps evenly spaced frames of a sequence of unknown length, in bounded memory and without a second pass.
 
     Every `stride`-th frame is kept; when eight times the wanted number lie in memory the stride doubles. The final
@@ -311,7 +317,7 @@ class _Thinner:
 
     def __init__(self, wanted: int) -> None:
         self._wanted, self._stride = wanted, 1
-        self._kept: list[bytes] = []
+        self._kept: list[Kept] = []
         self._seen = 0
 
     def wants_next(self) -> bool:
@@ -322,20 +328,36 @@ class _Thinner:
         """Count a frame that is not encoded."""
         self._seen += 1
 
-    def add(self, jpeg: bytes) -> None:
+    def add(self, frame: Kept) -> None:
         """Take the next frame."""
-        self._kept.append(jpeg)
+        self._kept.append(frame)
         self._seen += 1
         if len(self._kept) >= 8 * self._wanted:
             self._kept = self._kept[::2]
             self._stride *= 2
 
-    def result(self) -> list[bytes]:
+    def result(self) -> list[Kept]:
         """At most `wanted` frames, from the first to the last seen; of one wanted frame, the middle one."""
         count = min(self._wanted, self._seen)
         places = np.linspace(0, self._seen - 1, count) if count > 1 else np.full(count, (self._seen - 1) / 2)
         indices = np.minimum(np.rint(places / self._stride).astype(int), len(self._kept) - 1)
         return [self._kept[index] for index in dict.fromkeys(indices.tolist())]
+
+
+def source_frames(decoded: int, fps: float | None, params: ExtractParams) -> list[int]:
+    """Numbers of the stored frames among the decoded ones: what `MediaReader` keeps of so many frames at that rate."""
+    step = None if params.frames_per_second is None or fps is None else params.frames_per_second / fps
+    reached = range(decoded) if step is None else [math.floor(index * step + 1e-9) for index in range(decoded)]
+    kept = [index for index in range(decoded) if index == 0 or step is None or reached[index] > reached[index - 1]]
+    if params.max_frames is None:
+        return kept
+    thinner: _Thinner[int] = _Thinner(params.max_frames)
+    for index in kept:
+        if thinner.wants_next():
+            thinner.add(index)
+        else:
+            thinner.skip()
+    return thinner.result()
 
 
 class MediaReader:
@@ -405,7 +427,7 @@ class MediaReader:
 
     def _read(self, frames: _Frames) -> Iterator[bytes]:
         facts, rate = self.facts, self.params.frames_per_second
-        thinner = _Thinner(self.params.max_frames) if self.params.max_frames is not None else None
+        thinner: _Thinner[bytes] | None = _Thinner(self.params.max_frames) if self.params.max_frames is not None else None
         step = None if rate is None or facts.fps is None else rate / facts.fps
         slot = -1
         while frames.grab():

@@ -29,6 +29,7 @@ __all__ = [
     "fold_tables",
     "judged_videos",
     "patient_table",
+    "phase_tables",
     "read_curves",
     "training_table",
 ]
@@ -187,6 +188,37 @@ def class_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
         )
         tables.append(Table(f"Per class and video, {init}", columns, rows, columns[1:], note))
     return tables
+
+
+def phase_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequence[str]) -> list[Table]:
+    """Whole videos with a label a frame: macro F1 under every convention and each phase; [] where videos have one label."""
+    found = metrics.get("phases")
+    if not found:
+        return []
+    first = found[inits[0]]
+    rows: list[list[Any]] = [
+        [f"{name}, mean over videos", *(number(found[init][key]) for init in inits)]
+        for key, name in (("f1", "Macro F1"), ("f1_sd", "Macro F1, SD"), ("accuracy", "Accuracy"), ("precision", "Precision"), ("recall", "Recall"))
+    ]
+    rows += [
+        [f"Macro F1 over {words}", *(number(found[init]["f1_by_convention"][key]) for init in inits)]
+        for key, words in (("union", "phases in labels or predictions"), ("gt", "phases in the labels"), ("all", "all phases"))
+    ]
+    rows += [
+        [f"{name}, frames pooled", *(number(found[init]["pooled"][key]) for init in inits)]
+        for key, name in (("macro_f1", "Macro F1"), ("weighted_f1", "Weighted F1"), ("accuracy", "Accuracy"))
+    ]
+    columns = ["Metric", *(init.capitalize() for init in inits)]
+    note = f"{first['videos']:g} whole videos; phases counted: {first['convention']}; {first['frames']:g} of {first['frames_stored']:g} stored frames."
+    if first["frames"] < first["frames_stored"]:
+        note += " Raise finetune.eval_frames_per_video to judge all."
+    phases = [
+        [name, f"{first['per_phase'][name]['videos']:g}", *(number(found[init]["per_phase"][name]["f1"]) for init in inits)] for name in classes
+    ]
+    return [
+        Table("Phases of whole videos", columns, rows, columns[1:], " ".join(filter(None, (note, _stamp_note(metrics))))),
+        Table("F1 of each phase, mean over the videos that show it", ["Phase", "Videos", *columns[1:]], phases, ["Videos", *columns[1:]], ""),
+    ]
 
 
 def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits, unit: str) -> list[Table]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_curve
 
@@ -19,8 +20,9 @@ from pipeline.errors import DataError
 from pipeline.evaluation.feature_pages import feature_results
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.pages import Results, write_pages
+from pipeline.evaluation.phases import phase_metrics
 from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
-from pipeline.evaluation.summary import METRICS, summarise
+from pipeline.evaluation.summary import METRICS, average, summarise
 from pipeline.files import atomic_write, write_json
 from pipeline.tracking import NullTracker
 
@@ -65,12 +67,40 @@ def evaluate(
     metrics = summarise(config, splits, items, tables)
     features = feature_results(items, splits, initialisations(metrics), config.evaluate.neighbors)
     metrics["features"] = features.numbers
+    phases = _phases(config, rows, splits, store)
+    if phases:
+        metrics["phases"] = phases
+        warnings.append(
+            "labels belong to frames: a video of these tables is a stretch of one label, and a patient is the whole video; the table of "
+            "phases judges whole videos"
+        )
     roc = write_tables(output, metrics, splits.classes, tables)
     write_json(output / "metrics.json", compact(metrics))
     write_json(output / "details.json", metrics)
     results = Results(items, tables, metrics, roc, [*splits.warnings, *warnings], features, stages)
     write_pages(config, splits, store, results, output)
     return metrics
+
+
+def _phases(config: Config, rows: pd.DataFrame, splits: Splits, store: FrameStore | None) -> dict[str, Any]:
+    """Metrics of whole videos whose frames have labels of their own, by initialisation (means over seeds); {} without any."""
+    stretches = [row for row in store.manifest.rows if row.kind == "stretch"] if store is not None else []
+    whole = {row.video: row.path.rpartition("#")[0] for row in stretches}
+    frames = rows[rows["video"].isin(whole)]
+    if frames.empty:
+        return {}
+    number = {name: place for place, name in enumerate(splits.classes)}
+    stored = sum(row.frames for row in stretches if row.video in set(frames["video"]))
+    result: dict[str, Any] = {}
+    for init, part in frames.groupby("init"):
+        result[str(init)] = average([
+            phase_metrics(
+                one["video"].map(whole).to_numpy(str), one["label"].map(number).to_numpy(np.int64),
+                one[probability_columns(splits.classes)].to_numpy().argmax(1), list(splits.classes), config.evaluate.phase_convention,
+            ) | {"frames_stored": stored}
+            for _, one in part.groupby("seed")
+        ])
+    return result
 
 
 def _asked_for(config: Config, splits: Splits, folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
@@ -124,6 +154,11 @@ def compact(metrics: Mapping[str, Any]) -> dict[str, Any]:
             "frame": {"balanced_accuracy": metrics[init]["frame"]["balanced_accuracy"]},
             "fold_sd": metrics[init]["fold_mean"]["balanced_accuracy_sd"],
             "stamp": metrics[init]["stamp"] or "none",
+        }
+    if "phases" in metrics:
+        result["phases"] = {
+            init: {name: one[name] for name in ("convention", "f1", "f1_sd", "accuracy")} | {"pooled_macro_f1": one["pooled"]["macro_f1"]}
+            for init, one in metrics["phases"].items()
         }
     result["majority"] = {"accuracy": metrics["majority"]["video"]["accuracy"]}
     result["features"] = {init: _compact_features(numbers) for init, numbers in metrics["features"].items()}

@@ -90,7 +90,9 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         },
         tables={
             "comparison": content.comparison_table(metrics, drawing.inits, unit),
-            "classes": content.class_tables(metrics, drawing.inits, splits.classes),
+            "classes": [
+                *content.phase_tables(metrics, drawing.inits, splits.classes), *content.class_tables(metrics, drawing.inits, splits.classes),
+            ],
             "folds": content.fold_tables(metrics, drawing.inits, splits, unit),
             "patients": [content.patient_table(patients, judged, splits.classes, unit)],
             "data": content.data_tables(splits, store, unit),

@@ -20,7 +20,7 @@ from pipeline.evaluation.predictions import Item, probability_columns
 from pipeline.evaluation.report import METRIC_NAMES, headline_sentence
 from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap, permutation_test
 
-__all__ = ["METRICS", "OPTIMISTIC", "TRANSDUCTIVE", "summarise"]
+__all__ = ["METRICS", "OPTIMISTIC", "TRANSDUCTIVE", "average", "summarise"]
 
 OPTIMISTIC = "optimistic (selected on test)"
 TRANSDUCTIVE = "transductive pretraining"
@@ -88,7 +88,7 @@ def summarise(
 def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: str) -> dict[str, Any]:
     """Metrics of one initialisation at one level: mean over seeds, spread over seeds, intervals over patients."""
     per_seed = [classification_metrics(Scores.from_table(part, classes)) for _, part in table.groupby("seed")]
-    result = _average(per_seed)
+    result = average(per_seed)
     if len(per_seed) > 1:
         for name in METRICS:
             values = [one[name] for one in per_seed]
@@ -112,14 +112,14 @@ def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: s
     return {**result, "stamp": stamp}
 
 
-def _average(values: Sequence[Any]) -> Any:
+def average(values: Sequence[Any]) -> Any:
     """Mean of equally shaped results; None where one of them is undefined; text and class names of the first."""
     first = values[0]
     if isinstance(first, Mapping):
         keys = dict.fromkeys(key for value in values for key in value)
-        return {key: _average([value[key] for value in values if key in value]) for key in keys}
+        return {key: average([value[key] for value in values if key in value]) for key in keys}
     if isinstance(first, list):
-        return [_average(list(column)) for column in zip(*values, strict=True)]
+        return [average(list(column)) for column in zip(*values, strict=True)]
     if any(value is None for value in values):
         return None
     return first if isinstance(first, (str, bool)) or len(values) == 1 else mean(values)

@@ -64,10 +64,25 @@ def class_weights(labels: np.ndarray, classes: int, kind: str) -> torch.Tensor |
     return torch.tensor(len(labels) / (classes * np.maximum(counts, 1)), dtype=torch.float32)
 
 
-def subset_by_patient(videos: list[int], labels: np.ndarray, groups: list[str], fraction: float, seed: int) -> list[int]:
-    """Videos of a share of the patients, at least one patient a class; nested: a larger fraction contains a smaller one."""
-    if fraction >= 1:
+def subset_by_patient(
+    videos: list[int], labels: np.ndarray, groups: list[str], fraction: float, seed: int, *, joint: bool = False
+) -> list[int]:
+    """Videos of a share of the patients, at least one patient a class; nested: a larger fraction contains a smaller one.
+
+    Args:
+        joint: patients carry many classes each (stretches of a whole video): a share of all patients is taken, and more
+            only until every class is there. Otherwise a share of the patients of each class.
+    """
+    if fraction >= 1 or not videos:
         return videos
+    if joint:
+        names = sorted({groups[v] for v in videos})
+        order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+        held = {name: {int(labels[v]) for v in videos if groups[v] == name} for name in names}
+        every = set().union(*held.values())
+        complete = next(n for n in range(1, len(order) + 1) if set().union(*(held[name] for name in order[:n])) == every)
+        chosen = set(order[: max(complete, round(fraction * len(order)))])
+        return [v for v in videos if groups[v] in chosen]
     keep: set[str] = set()
     for label in sorted({int(labels[v]) for v in videos}):
         patients = sorted({groups[v] for v in videos if labels[v] == label})
