@@ -141,6 +141,72 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _embed(arguments: argparse.Namespace) -> int:
+    from pipeline.embed import embed, open_encoder
+
+    encoder = open_encoder(Path(arguments.encoder))
+    info = embed(
+        Path(arguments.source), encoder, Path(arguments.out), labels=arguments.labels, frames_per_video=arguments.frames_per_video,
+        batch=arguments.batch, params=Path(arguments.params),
+    )
+    print(
+        f"{info['frames']} frames, {info['videos']} videos, {info['patients']} patients as vectors of {info['features']} numbers in "
+        f"{arguments.out}" + (f"; {info['unreadable']} files could not be read (quarantine.csv)" if info["unreadable"] else "")
+    )
+    return 0
+
+
+def _similar(arguments: argparse.Namespace) -> int:
+    from pipeline.retrieval import similar
+
+    print(
+        similar(
+            arguments.query, Path(arguments.folder), top=arguments.top, other_patients=arguments.other_patients,
+            picture=Path(arguments.picture) if arguments.picture else None,
+            encoder=Path(arguments.encoder) if arguments.encoder else None,
+        )
+    )
+    return 0
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: whole numbers from 1 on")
+    return int(text)
+
+
+def _count_or_all(text: str) -> int | None:
+    return None if text == "all" else _count(text)
+
+
+def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-commands `embed` and `similar`."""
+    embed = commands.add_parser(
+        "embed",
+        help="feature vectors of frames, videos and patients, as CSV tables and NPY arrays",
+        description="Reads what the pipeline reads, with the preprocessing of the encoder's card. The folder holds pictures and file "
+        "names: share it as you would share the videos.",
+    )
+    embed.add_argument("source", metavar="VIDEO_OR_FOLDER", help="a media file, a folder of media, or a frame store (data/frames/main)")
+    embed.add_argument("--encoder", required=True, help="folder of an encoder, such as models/encoders/fold0")
+    embed.add_argument("--out", default="embeddings", help="folder to write (default: embeddings)")
+    embed.add_argument("--labels", default="auto", help="auto, none, or a table in the folder (default: auto)")
+    embed.add_argument("--frames-per-video", type=_count_or_all, default=16, metavar="N|all", help="evenly spaced frames (default: 16)")
+    embed.add_argument("--batch", type=_count, default=64, help="images a forward pass (default: 64)")
+    embed.add_argument("--params", default="params.yaml", help="its section data, if the file is there, is used to read labels")
+    embed.set_defaults(run=_embed)
+
+    similar = commands.add_parser("similar", help="nearest neighbours of a video or frame among embedded ones, with a picture")
+    similar.add_argument("query", metavar="QUERY", help="video id, path in files.csv, or a video file; QUERY:FRAME for one frame")
+    similar.add_argument("--in", dest="folder", default="embeddings", help="folder that embed has written (default: embeddings)")
+    similar.add_argument("--top", type=_count, default=5, help="neighbours (default: 5)")
+    similar.add_argument("--other-patients", action="store_true", help="only videos of other, known patients")
+    similar.add_argument("--picture", help="PNG to write (default: into the folder)")
+    similar.add_argument("--encoder", help="for a file that was not embedded (default: the encoder that embedding.json names)")
+    similar.set_defaults(run=_similar)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sonoscope",
@@ -192,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--port", type=int, default=5000)
     ui.add_argument("--print", action="store_true", help="print the command instead of starting it")
     ui.set_defaults(run=_ui)
+
+    _add_features(commands)
 
     for command in (check, preset, ui):
         command.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")

@@ -97,7 +97,11 @@ def _label(name: str) -> str:
 def _thumbnail(axes: Axes, image: np.ndarray | None, color: str, text: str, bold: bool = False) -> None:
     """One frame with a coloured border and up to three lines below; an empty card where there is no picture."""
     shown = np.full((8, 8), 235, np.uint8) if image is None else image
-    axes.imshow(shown, cmap="gray", vmin=0, vmax=255)
+    # Squares, so that all rows have equal height and the words below have room.
+    height, width = shown.shape[:2]
+    side = max(height, width)
+    margins = [((side - length) // 2, side - length - (side - length) // 2) for length in (height, width)]
+    axes.imshow(np.pad(shown, [*margins, (0, 0)][: shown.ndim]), cmap="gray", vmin=0, vmax=255)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     for spine in axes.spines.values():
