@@ -94,7 +94,8 @@ def _preprocessing(card: Mapping[str, Any]) -> dict[str, Any]:
     normalization = known.get("normalization", card.get("normalization", "imagenet"))
     mean, std = STATISTICS[normalization]
     return {
-        "size": card["image_size"], "working_size": known.get("working_size", card["image_size"]), "color": known.get("color", "unknown"), "stored_short_side": known.get("stored_short_side"),
+        "size": card["image_size"], "working_size": known.get("working_size", card["image_size"]),
+        "color": known.get("color", "unknown"), "stored_short_side": known.get("stored_short_side"),
         "resize": known.get("resize", "short_side"), "normalization": normalization, "mean": list(mean), "std": list(std),
         "extraction": known.get("extraction", {}),
     }

@@ -33,7 +33,8 @@ __all__ = ["FORMS", "TOLERANCE", "export", "library_network", "load_network", "p
 
 FORMS = {"torchvision": ".pth", "timm": ".pth", "safetensors": ".safetensors", "onnx": ".onnx"}
 TOLERANCE = 1e-4
-"""Largest difference of any output number between the exported network and ours, on the sample images."""
+"""Largest difference between the outputs of the exported network and ours on the sample images: as a share of the largest
+output where that exceeds 1, since float32 keeps seven digits of it and no more."""
 
 
 def load_network(weights: Weights, image_size: int | None = None) -> nn.Module:
@@ -153,19 +154,20 @@ def _run_onnx(data: bytes, images: np.ndarray) -> np.ndarray:
         raise PipelineError(f"export: onnxruntime cannot run the exported network ({str(error)[:300]}); another --opset may help") from None
 
 
-def _difference(found: np.ndarray, wanted: np.ndarray, form: str) -> float:
-    """Largest difference, refused above TOLERANCE."""
+def _difference(found: np.ndarray, wanted: np.ndarray, form: str) -> str:
+    """The largest difference in words; refused above TOLERANCE."""
     difference = float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
-    if not difference <= TOLERANCE:
+    scale = float(np.abs(wanted).max())
+    if not difference <= TOLERANCE * max(1.0, scale):
         raise PipelineError(
-            f"export: the {form} file gives other numbers than the original network (largest difference {difference:.2g}, allowed "
-            f"{TOLERANCE:g}); nothing was written. Please report it with the versions that `sonoscope doctor` prints."
+            f"export: the {form} file gives other numbers than the original network (largest difference {difference:.2g}, outputs up to "
+            f"{scale:.2g}, allowed {TOLERANCE:g} of that); nothing was written. Please report it with the versions that `sonoscope doctor` prints."
         )
-    return difference
+    return f"{len(wanted)} pictures, largest difference to the original output {difference:.2g} (outputs up to {scale:.2g})"
 
 
-def _written(table: dict[str, Any], weights: Weights, form: str, part: Path, images: torch.Tensor, opset: int | None) -> float:
-    """Write the weights of one form to `part` and compare; returns the largest difference."""
+def _written(table: dict[str, Any], weights: Weights, form: str, part: Path, images: torch.Tensor, opset: int | None) -> str:
+    """Write the weights of one form to `part` and compare; returns what was found."""
     network = load_network(weights, images.shape[-1])
     with torch.no_grad():
         wanted = network(images).numpy()
@@ -217,8 +219,7 @@ def export(target: Path, form: str, out: Path | None = None, *, image_size: int 
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         part = folder / out.name
-        difference = _written(table, weights, form, part, images, opset)
-        check = f"{len(images)} pictures, largest difference to the original output {difference:.2g}"
+        check = _written(table, weights, form, part, images, opset)
         exported = {"form": form, "file": out.name, "git_revision": git_revision(), "check": check}
         os.replace(part, out)
     finally:
