@@ -155,6 +155,20 @@ class FakeExperiment:
         path = self.folder(name) / "predictions.csv"
         change(pd.read_csv(path, dtype={"video": str, "label": str}, keep_default_na=False)).to_csv(path, index=False)
 
+    def write_features(self, by_label: float = 1.0, by_patient: float = 0.3, size: int = 24) -> None:
+        """features.npz of every item: directions of the label and of the patient, mixed with a little noise per frame."""
+        rng = np.random.default_rng(7)
+        classes = dict(zip(self.classes, rng.normal(size=(len(self.classes), size)), strict=True))
+        groups = {name: rng.normal(size=size) for name in sorted(set(self.groups.values()))}
+        for folder in self.folders:
+            videos = sorted(self.labels)
+            rows = [
+                by_label * classes[self.labels[v]] + by_patient * groups[self.groups[v]] + 0.05 * rng.normal(size=size)
+                for v in videos for _ in range(self.frames)
+            ]
+            owner, frame = np.divmod(np.arange(len(rows)), self.frames)
+            np.savez(folder / "features.npz", vectors=np.array(rows, np.float16), videos=np.array(videos), owner=owner, frame=frame)
+
     def store(self, side: int = 64) -> FrameStore:
         """A frame store with speckle for every video."""
         folder, rows = self.root / "data/frames/main", []

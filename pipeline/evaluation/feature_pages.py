@@ -62,7 +62,7 @@ def feature_section(
     if rows:
         draw_neighbors(folder / "neighbors.png", rows, f"Test frames and their nearest training frames, {init} encoder", stamp)
     return FeatureSection(
-        init=init, words=_sentence(numbers, init, unit), warning=_warning(numbers, unit), rows=rows,
+        init=init, words=_sentence(numbers, init, unit) + _untrained(results.numbers, unit), warning=_warning(numbers, unit), rows=rows,
         maps=[_map(one, splits, folder, init, stamp) for one in folds[:MAX_MAPS]],
         tables=[_table(results, unit), _class_table(results, splits)],
     )
@@ -146,13 +146,21 @@ def _sentence(numbers: Mapping[str, Any], init: str, unit: str) -> str:
     return f"Under the {init} encoder " + ", and ".join(parts) + "."
 
 
+def _untrained(numbers: Mapping[str, Mapping[str, Any]], unit: str) -> str:
+    """What pretraining changed, for the two questions of `_sentence`; nothing without an untrained network."""
+    values = {init: (found["same_patient"], found["precision"]) for init, found in numbers.items()}
+    if not {"pretrained", "random"} <= set(values) or None in values["pretrained"] + values["random"]:
+        return ""
+    return f" For the untrained network it is {percent(values['random'][0])} (same {unit}) and {percent(values['random'][1])} (same class)."
+
+
 def _warning(numbers: Mapping[str, Any], unit: str) -> str:
     if not numbers["patients_dominate"]:
         return ""
     return (
-        f"The encoder recognises {unit}s better than classes. A classifier on top of it can learn who is shown instead of what is shown. "
-        f"The numbers of this report are not inflated by that, because every {unit} is judged by networks that never saw it; numbers of "
-        f"a split by frame or by video would be, and more {unit}s will help more than more videos of each."
+        f"The encoder recognises {unit}s more surely than classes. A classifier on top of it can learn who is shown instead of what is shown. "
+        f"The numbers of this report are not inflated by that, because no classifier was trained on a {unit} it is tested on; numbers of "
+        f"a split by frame or by video would be. More {unit}s will help more than more videos of each."
     )
 
 

@@ -38,7 +38,7 @@ def draw_map(
             axes.margins(0.06)
             for spine in axes.spines.values():
                 spine.set(visible=True, color=RULE)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def _by_label(axes: Axes, places: np.ndarray, labels: np.ndarray, is_test: np.ndarray) -> None:
@@ -48,6 +48,7 @@ def _by_label(axes: Axes, places: np.ndarray, labels: np.ndarray, is_test: np.nd
         part = labels == name
         axes.plot(*places[part & ~is_test].T, **style, markersize=4, alpha=0.3, markeredgewidth=0)
         axes.plot(*places[part & is_test].T, **style, markersize=7, markeredgecolor="white", label=plain_text(str(name)))
+    axes.plot([], [], "o", color=MUTED, markersize=4, alpha=0.4, markeredgewidth=0, label="small, faint: training")
 
 
 def _by_patient(axes: Axes, places: np.ndarray, groups: np.ndarray, is_test: np.ndarray) -> None:
