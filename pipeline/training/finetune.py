@@ -7,6 +7,7 @@ the trained layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ from pipeline.parameters import FinetuneParams
 from pipeline.training.optim import apply_schedule, build_optimizer, clip_gradients
 
 __all__ = ["FinetuneData", "Finetuning", "Predictions", "class_weights", "subset_by_patient"]
+
+_HELD_BYTES = 2**30
+"""Inputs of one part that are kept between epochs; every frame of forty operations would take many times that."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class Finetuning:
         self.rows: list[dict[str, Any]] = []
         self.selected_epoch = 0
         self._inputs: dict[str, tuple[list[tuple[int, int]], torch.Tensor]] = {}
+        self._held: dict[str, list[torch.Tensor]] = {}
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
@@ -186,18 +191,25 @@ class Finetuning:
             right += int((logits.argmax(1) == labels[rows]).sum())
         return {"train_loss": total / len(order), "train_accuracy": right / len(order), "learning_rate": rate}
 
+    def _judged(self, part: str, items: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """`_constants` of the central views of frames, 64 at a time; kept for the next epoch as long as they fit."""
+        held = self._held.setdefault(part, [])
+        for number, start in enumerate(range(0, len(items), 64)):
+            if number < len(held):
+                yield held[number]
+                continue
+            rows = self._constants(render_centre(self.data.frames, items[start : start + 64], self.size))
+            if number == len(held) and (number + 1) * rows.nbytes <= _HELD_BYTES:
+                held.append(rows)
+            yield rows
+
     @torch.no_grad()
     def predict(self, part: str) -> Predictions:
         """Probabilities of evenly spaced frames of `train`, `validation` or `test` videos, in evaluation mode."""
-        if part not in self._inputs:
-            videos = getattr(self.data, part)
-            count = self.params.eval_frames_per_video
-            items = [(v, n) for v in videos for n in evenly_spaced(self.data.frames.num_frames(v), count)]
-            images = render_centre(self.data.frames, items, self.size)
-            self._inputs[part] = items, self._constants(images)
-        items, inputs = self._inputs[part]
+        count, frames = self.params.eval_frames_per_video, self.data.frames
+        items = [(v, n) for v in getattr(self.data, part) for n in evenly_spaced(frames.num_frames(v), count)]
         self.network.eval()
-        logits = torch.cat([self._logits(chunk) for chunk in inputs.split(64)])
+        logits = torch.cat([self._logits(chunk) for chunk in self._judged(part, items)])
         probabilities = logits.float().softmax(1).cpu().numpy()
         self._demand_finite(probabilities)
         return Predictions(items, probabilities)
