@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
 from pipeline.registry import did_you_mean
 
-__all__ = ["Preset", "as_overrides", "flatten", "load_preset", "preset_names", "write_preset"]
+__all__ = ["Preset", "as_overrides", "as_word", "flatten", "load_preset", "preset_names", "write_preset"]
 
 FOLDER = Path(__file__).with_name("presets")
 # Text that needs no quotes in the grammar of `dvc exp run -S`; anything else is put between single quotes.
@@ -71,7 +71,7 @@ def load_preset(name: str) -> Preset:
     return Preset(name, " ".join(description.split()), flatten(tree))
 
 
-def _as_word(value: Any) -> str:
+def as_word(value: Any) -> str:
     """One value in the grammar of `dvc exp run -S` (Hydra's), without white space outside quotes."""
     if value is None:
         return "null"
@@ -80,9 +80,9 @@ def _as_word(value: Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_as_word(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{as_word(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_as_word(item) for item in value) + "]"
+        return "[" + ",".join(as_word(item) for item in value) + "]"
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
         return text
@@ -99,7 +99,7 @@ def as_overrides(preset: Preset) -> list[str]:
     """
     words: list[str] = []
     for key, value in preset.values.items():
-        word = f"++{key}={_as_word(value)}"
+        word = f"++{key}={as_word(value)}"
         if any(character.isspace() for character in word):
             raise ConfigError(
                 f"preset {preset.name}: {key} holds white space ({value!r}), which the shell would divide. "
@@ -155,8 +155,8 @@ def write_preset(preset: Preset, path: Path = Path("params.yaml")) -> list[str]:
         node[last] = value
     buffer = io.StringIO()
     editor.dump(document, buffer)
-    # Where a long flow mapping is wrapped, the editor leaves the blank behind the comma at the end of the line.
-    text = re.sub(r", +$", ",", buffer.getvalue(), flags=re.MULTILINE)
+    # Where a long flow mapping is wrapped, the editor leaves a blank at the end of the line.
+    text = re.sub(r" +$", "", buffer.getvalue(), flags=re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         candidate = Path(folder) / "params.yaml"
         candidate.write_text(text, encoding="utf-8")
@@ -167,4 +167,4 @@ def write_preset(preset: Preset, path: Path = Path("params.yaml")) -> list[str]:
 
 def _show(value: Any) -> str:
     """A value as it would stand in params.yaml, on one line."""
-    return value if value == "(default)" else _as_word(value)
+    return value if value == "(default)" else as_word(value)

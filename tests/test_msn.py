@@ -10,10 +10,12 @@ import goldens_msn
 import numpy as np
 import pytest
 import torch
-from training_kit import CPU, make_method, make_store, toy_loader
+from safetensors.torch import load_file
+from training_kit import CPU, StopAfter, make_config, make_method, make_run, make_store, never, toy_loader
 
 from pipeline.data.clips import ClipBatch
 from pipeline.data.store import FrameStore
+from pipeline.errors import StoppedError
 from pipeline.losses_msn import log_assignment, log_sinkhorn, msn_loss
 from pipeline.methods.base import Progress, Setting
 from pipeline.methods.msn import MSN, MSNParams, linear_momentum
@@ -188,3 +190,28 @@ def test_problems__say_what_to_change() -> None:
     assert [MSNParams().drop(width) for width in (384, 768, 1024)] == [0.15, 0.3, 0.6]
     with pytest.raises(ValueError, match="at least one anchor view is needed"):
         MSNParams(random_views=0, focal_views=0)
+
+
+def test_pretraining__resumes_exactly_and_exports_the_target(store: FrameStore, tmp_path: Path) -> None:
+    """Masks, averages and schedules are functions of the step: stopped after three steps, the run ends with the same bits."""
+    changes = {
+        "pretrain__method": "msn", "pretrain__backbone": "vit_tiny", "pretrain__epochs": 2,
+        "pretrain__optimizer": {"name": "adamw", "lr": 0.001, "weight_decay_end": 0.4, "no_decay": ["one_dimensional"], "clip_norm": 3.0,
+                                "warmup_epochs": 1, "warmup_lr": 0.0002, "stretch": 1.25},
+    }
+    config = make_config(tmp_path, **changes)
+    whole = make_run(config, store, tmp_path / "whole")
+    whole.train(never())
+    with pytest.raises(StoppedError):
+        make_run(config, store, tmp_path / "parts").train(StopAfter(3))
+    parts = make_run(config, store, tmp_path / "parts")
+    parts.train(never())
+    assert parts.rows == whole.rows
+    for name, value in whole.method.networks.state_dict().items():
+        assert torch.equal(parts.method.networks.state_dict()[name], value), name
+    assert {"cross_entropy", "me_max", "clusters", "gradient_norm", "embedding_std"} <= whole.rows[-1].keys()
+    whole.export(tmp_path / "out")
+    exported = load_file(str(tmp_path / "out/encoder.safetensors"))
+    target, trained = (whole.method.networks[name].state_dict()["blocks.0.mlp.fc1.weight"] for name in ("key_backbone", "backbone"))
+    assert torch.equal(exported["blocks.0.mlp.fc1.weight"], target)
+    assert not torch.equal(target, trained)
