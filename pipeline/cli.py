@@ -1,8 +1,9 @@
 """The `sonoscope` command, and `run_stage`, which gives every file of stages/ the same exit codes and error text.
 
-    sonoscope doctor | check | preset [NAME] | compare EXP EXP | export WEIGHTS | sync | ui        (or: python -m pipeline.cli doctor)
+    sonoscope doctor | check | preset [NAME] | data ACTION | compare EXP EXP | export WEIGHTS | embed MEDIA | similar QUERY | sync | ui
+    (or: python -m pipeline.cli doctor)
 
-Exit codes: 0 done; 1 a bug of Sonoscope (traceback kept), or `doctor` found a problem; 2 a mistake that the message
+Exit codes: 0 done; 1 a bug of Sonoscope (traceback kept), or `doctor` or `data check` found a problem; 2 a mistake that the message
 explains (parameters, data, arguments); 130 interrupted. Each sub-command imports what it needs, so that this module
 costs a stage nothing.
 """
@@ -169,6 +170,45 @@ def _similar(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    from pipeline import datasets
+
+    if arguments.action == "list":
+        print(datasets.list_datasets())
+    elif arguments.action == "show":
+        print(datasets.show_dataset(arguments.name))
+    elif arguments.action == "check":
+        text, good = datasets.check_dataset(arguments.name, arguments.path, arguments.variant)
+        print(text)
+        return 0 if good else EXIT_BUG
+    elif arguments.action == "prepare":
+        print(datasets.prepare_dataset(arguments.name, arguments.path, arguments.out, arguments.variant))
+    else:
+        print(datasets.fetch_dataset(arguments.name, arguments.path, accepted=arguments.accept_licence, **arguments.clone))
+    return 0
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-command `data` and its actions."""
+    data = commands.add_parser("data", help="public data sets: what they are, how to get them, whether a copy is whole, how to run it")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="all recipes")
+    show = actions.add_parser("show", help="layout, labels, patients, licence, published counts")
+    check = actions.add_parser("check", help="compare a copy with what was published; exit code 1 if it deviates")
+    prepare = actions.add_parser("prepare", help="write labels.csv and split.json for a copy, and print the command that runs it")
+    fetch = actions.add_parser("fetch", help="clone a data set where that is allowed, or say what to sign and where to put the files")
+    for action in (show, check, prepare, fetch):
+        action.add_argument("name", metavar="NAME", help="of 'sonoscope data list'; folder for any folder of yours")
+    for action in (check, prepare):
+        action.add_argument("path", type=Path, metavar="PATH", help="folder of the data set")
+        action.add_argument("--variant", default="", help="see 'sonoscope data show NAME'")
+    prepare.add_argument("--out", type=Path, help="folder to write (default: data/recipes/NAME)")
+    fetch.add_argument("path", type=Path, nargs="?", metavar="PATH", help="folder to write (default: data/download/NAME)")
+    fetch.add_argument("--accept-licence", action="store_true", help="you have read the terms and keep to them")
+    fetch.add_argument("--revision", dest="clone", type=lambda text: {"revision": text}, default={}, help="another commit, 40 hex digits")
+    data.set_defaults(run=_data)
+
+
 def _count(text: str) -> int:
     """A whole number from 1 on, for argparse."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -211,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sonoscope",
         description="Helpers around the pipeline; the pipeline itself runs with 'dvc repro' and 'dvc exp run'.",
-        epilog="Exit codes: 0 done, 1 bug or problem found by doctor, 2 explained mistake, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 bug, or problem found by doctor or data check, 2 explained mistake, 130 interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -260,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     ui.set_defaults(run=_ui)
 
     _add_features(commands)
+    _add_data(commands)
 
     for command in (check, preset, ui):
         command.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
