@@ -355,7 +355,7 @@ class Pretraining:
             "too_short": inputs.left_out, "groups": sorted(set(inputs.groups)), "label_groups": inputs.target_groups, "world_size": distributed.world_size(),
             "device": self.device.type, "torch": torch.__version__, "seconds": round(self.seconds(), 1),
             "parameters": self.config.method_params.model_dump(mode="json"), "final": last,
-            "extract": self.config.extract.model_dump(mode="json", exclude={"workers", "on_error"}),
+            "extract": self.config.extract.model_dump(mode="json", exclude={"workers": True, "on_error": True, "mask": {"review"}}),
             "working_size": self.monitor.frames.size,
             "warnings": [*self.warnings, *([stuck[1]] if stuck else [])],
         }
