@@ -33,11 +33,16 @@ ORDER = """
     tracking_store
     tracking_courier
     tracking
-    data.dicom
-    data.video data.manifest
+    data.dicom data.pool data.trouble data.outline data.thinning
+    data.sector
+    data.masking
+    data.video data.manifest data.mask_report
     data.store data.labels
     data.contact_sheet data.frame_labels
     data.extract
+    data.recipes.base
+    data.recipes.lung data.recipes.sonography data.recipes.endoscopy
+    data.recipes.catalog data.recipes.fetch data.recipes.prepare
     data.anatomy
     data.synthetic
     data.duplicates data.folds data.given_splits data.grouping
@@ -75,7 +80,7 @@ ORDER = """
     embed
     retrieval
     machine presets
-    doctor
+    doctor datasets
     cli
 """
 LEVEL = {f"pipeline.{name}": level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
@@ -89,6 +94,7 @@ READS_ENVIRONMENT = {
     "pipeline.tracking": "RANK: only the first process logs",
     "pipeline.tracking_context": "DVC's name of the experiment",
     "pipeline.tracking_store": "time limits of MLflow's client",
+    "pipeline.data.recipes.fetch": "git's own settings are kept away from the clone",
     "pipeline.data.video": "OpenCV takes the allow-list of containers from there only",
 }
 
@@ -100,11 +106,13 @@ UNTRACKED = {
     "parameters": "checks; every value stands in params.yaml, whose keys are tracked (test_params__*)",
     "config": "checks; every value stands in params.yaml, whose keys are tracked (test_params__*)",
     "cli": "prints errors",
+    "datasets": "reached through cli only",
     "doctor": "reached through cli only",
     "embed": "reached through cli only",
     "machine": "reached through cli only",
     "presets": "reached through cli only",
     "retrieval": "reached through cli only",
+    "data.pool": "starts processes; the store has the same bytes with any number",
     "launch": "starts processes; their number changes no sample",
     "reproducibility": "seeds from parameters",
     "checkpoint": "reads and writes weights unchanged, or refuses",

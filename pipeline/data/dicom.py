@@ -38,7 +38,7 @@ MAX_INFLATED = 1 << 30
 _TAGS = [
     "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation", "PlanarConfiguration",
     "PhotometricInterpretation", "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate", "WindowCenter", "WindowWidth",
-    "SequenceOfUltrasoundRegions", "UltrasoundColorDataPresent", "SpecificCharacterSet",
+    "SequenceOfUltrasoundRegions", "UltrasoundColorDataPresent", "BurnedInAnnotation", "SpecificCharacterSet",
     *(f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
 ]
@@ -211,7 +211,8 @@ def _variable_rate(dataset: Any) -> bool:
 class DicomFrames:
     """Frames of a DICOM file in order, uint8 [H, W] or BGR [H, W, 3]; one decoded frame in memory at a time.
 
-    Attributes: `claimed` frames of the header; `fps` and `fps_source` (the tag); `regions`; `notes` for the manifest.
+    Attributes: `claimed` frames of the header; `size` (width, height); `bits` stored; `fps` and `fps_source` (the tag); `regions`;
+    `burnt_in` and `colour_flow`, whether the header says so; `notes` for the manifest.
     """
 
     def __init__(self, path: Path, shown: str, max_pixels: int) -> None:
@@ -231,6 +232,9 @@ class DicomFrames:
             self.claimed: int | None = max(1, int(dataset.get("NumberOfFrames") or 1))
             self.fps, self.fps_source = frame_rate(dataset) if self.claimed > 1 else (None, "none")
             self.regions = _regions(dataset, width, height)
+            self.size, self.bits = (width, height), int(dataset.get("BitsStored") or 8)
+            self.burnt_in = str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
+            self.colour_flow = str(dataset.get("UltrasoundColorDataPresent") or "0").strip() == "1"
             self._check_decoder()
             self._source = self._frames()
         if _variable_rate(dataset):

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from pipeline.data.contact_sheet import write_contact_sheets
 from pipeline.data.frame_labels import cut_videos
 from pipeline.data.dicom import is_dicom, read_identity
 from pipeline.data.labels import LabelledMedia, read_labelled_media
+from pipeline.data.mask_report import write_mask_report
+from pipeline.data.masking import Decision, MaskReport, Masker, decision_for, read_review
 from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
 from pipeline.data.pool import CRASHED, run_isolated, usable_cores
 from pipeline.data.store import FrameStore, write_video
@@ -38,19 +40,23 @@ __all__ = ["Extracted", "Task", "extract_media", "extract_one", "extract_source"
 
 FORMAT = 1
 """Raised when the same file and parameters would give other frames, so that old scratch results are not reused."""
-_STORE_FILE = re.compile(r"[0-9a-f]{16}\.(tar|idx\.npy)")
+_STORE_FILE = re.compile(r"[0-9a-f]{16}\.(tar|idx\.npy|mask\.png)")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One medium to extract into the scratch folder. `table_fps` is the labels table's frame rate, if it has one."""
+    """One medium to extract into the scratch folder.
+
+    `table_fps` is the labels table's frame rate, if it has one; `decisions`: a person's, by path or video id.
+    """
 
     media: Media
     params: ExtractParams
     table_fps: float | None
     scratch: Path
     pseudonym_key: str = ""
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,6 +71,8 @@ class Extracted:
     facts: Facts = field(default_factory=Facts)
     bytes: int = 0
     """Size of the tar."""
+    mask: MaskReport | None = None
+    """What the mask was found to be; None where none was looked for."""
     reused: bool = False
     cpu_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -82,8 +90,13 @@ class Extracted:
 
 def extraction_fingerprint(params: ExtractParams) -> str:
     """16 hex digits over all that decides the stored bytes: parameters, format, the code that reads, and OpenCV's version."""
-    code = [hash_file(Path(__file__).with_name(name)) for name in ("video.py", "dicom.py", "store.py")]
+    names = ["video.py", "dicom.py", "trouble.py", "thinning.py", "store.py"]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
+    if params.mask.mode != "off":
+        names += ["outline.py", "sector.py", "masking.py"]
+        # A decision of the review counts for its video alone, see `_reuse`.
+        decisive["mask"] = params.mask.model_dump(exclude={"review"})
+    code = [hash_file(Path(__file__).with_name(name)) for name in names]
     return fingerprint({"format": FORMAT, "code": code, "opencv": cv2.__version__, **decisive})
 
 
@@ -95,18 +108,43 @@ def extract_one(task: Task) -> Extracted:
         result.sha256 = content_hash(task.media)
         _identify(task, result)
         if not _reuse(task, result):
-            reader = MediaReader(task.media, task.params, task.table_fps)
-            write_video(task.scratch, result.video, reader.jpegs())
-            result.facts = reader.facts
-            result.bytes = (task.scratch / f"{result.video}.tar").stat().st_size
-            record = {"table_fps": task.table_fps, "bytes": result.bytes, "facts": asdict(result.facts)}
-            write_json(task.scratch / f"{result.video}.json", record)
+            _extract(task, result)
     except DataError as error:
         result.reason = str(error).removeprefix(f"{task.media.path}: ")
     except OSError as error:
         result.fatal = _write_problem(error, task.scratch)
     result.cpu_seconds = time.process_time() - started
     return result
+
+
+def _extract(task: Task, result: Extracted) -> None:
+    """Read the medium and write frames, mask and record, the record last."""
+    decision = decision_for(task.decisions, task.media.path, result.video)
+    reader = MediaReader(task.media, task.params, task.table_fps, decision)
+    write_video(task.scratch, result.video, reader.jpegs())
+    result.facts = reader.facts
+    result.bytes = (task.scratch / f"{result.video}.tar").stat().st_size
+    record = {"table_fps": task.table_fps, "bytes": result.bytes, "facts": asdict(result.facts), "mask": None, "decision": None}
+    if reader.masker is not None:
+        result.mask = reader.masker.report
+        _write_mask(task.scratch, result.video, reader.masker)
+        record |= {"mask": asdict(result.mask), "decision": _plain(decision)}
+    write_json(task.scratch / f"{result.video}.json", record)
+
+
+def _plain(decision: Decision | None) -> list[object] | None:
+    """A decision as JSON gives it back."""
+    return None if decision is None else [decision.action, list(decision.box) if decision.box else None]
+
+
+def _write_mask(scratch: Path, video: str, masker: Masker) -> None:
+    """The mask as it fits the stored frames (where anything is cut), and the pictures of the contact sheet."""
+    pictures = {"mask.png": masker.mask, "before.png": masker.before, "outline.png": masker.outline}
+    for name, picture in pictures.items():
+        target = scratch / f"{video}.{name}"
+        target.unlink(missing_ok=True)
+        if picture is not None:
+            atomic_write(target, cv2.imencode(".png", picture)[1].tobytes())
 
 
 def _identify(task: Task, result: Extracted) -> None:
@@ -127,12 +165,24 @@ def _reuse(task: Task, result: Extracted) -> bool:
         record = read_json(task.scratch / f"{result.video}.json")
         facts = Facts(**record["facts"])
         same_rate = facts.fps_source not in ("table", "assumed", "none") or record["table_fps"] == task.table_fps
+        decision = decision_for(task.decisions, task.media.path, result.video)
+        if task.params.mask.mode != "off":
+            if record["decision"] != _plain(decision):
+                return False
+            result.mask = MaskReport(**record["mask"])
+            if _has_mask(facts) and not (task.scratch / f"{result.video}.mask.png").stat().st_size:
+                return False
         if not same_rate or tar.stat().st_size != record["bytes"] or not index.stat().st_size:
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
     result.facts, result.bytes, result.reused = facts, record["bytes"], True
     return True
+
+
+def _has_mask(item: Facts | VideoRow) -> bool:
+    """Whether anything was cut, so that there is a mask to keep."""
+    return item.mask not in ("", "kept") and (item.mask_share or 0) < 1
 
 
 def _write_problem(error: OSError, folder: Path) -> str:
@@ -209,7 +259,7 @@ def _place(scratch: Path, output: Path, name: str) -> None:
 def _fill_output(output: Path, scratch: Path, rows: list[VideoRow], quarantined: list[Extracted]) -> Manifest:
     """Link all stored videos, remove those of earlier runs, write the quarantine list, and the manifest last."""
     manifest = Manifest(rows)
-    wanted = {f"{row.video}{suffix}" for row in rows for suffix in (".tar", ".idx.npy")}
+    wanted = {f"{row.video}{suffix}" for row in rows for suffix in (".tar", ".idx.npy", ".mask.png")[: 3 if _has_mask(row) else 2]}
     try:
         for name in sorted(wanted):
             _place(scratch, output, name)
@@ -245,11 +295,26 @@ def _metrics(manifest: Manifest, results: list[Extracted], seconds: float) -> di
         "stretches": sum(row.kind == "stretch" for row in rows),
         "labelled": sum(row.label != "" for row in rows),
         "patients": len({row.patient for row in rows} - {""}),
+        **_mask_metrics([result.mask for result in results if result.mask and not result.reason]),
         "stored_megabytes": round(sum(row.bytes for row in rows) / 1e6, 3),
         "reused": sum(result.reused for result in results),
         "seconds": round(seconds, 3),
         "frames_per_second_processed": round(decoded / seconds, 1) if decoded else 0.0,
         "cpu_ms_per_frame": round(1000 * cpu / decoded, 3) if decoded else 0.0,
+    }
+
+
+def _mask_metrics(reports: list[MaskReport]) -> dict[str, float]:
+    """Counts of masks by geometry, and of those a person should look at; empty where masks are off."""
+    if not reports:
+        return {}
+    counts = {f"masks_{name}": sum(report.geometry == name for report in reports) for name in ("convex", "phased", "linear", "free", "box")}
+    return counts | {
+        "masks_kept": sum(report.action == "kept" for report in reports),
+        "masks_review": sum(report.review for report in reports),
+        "masks_dual": sum(report.panes > 1 for report in reports),
+        "masks_doppler": sum(report.doppler for report in reports),
+        "masks_outgrown": sum(report.grown > 0.05 for report in reports),
     }
 
 
@@ -274,7 +339,8 @@ def extract_media(
     Raises:
         DataError: nothing can be written any more.
     """
-    tasks = [Task(item, params, found.labels[item.path].fps, scratch, key) for item in found.media]
+    decisions = read_review(Path(params.mask.review)) if params.mask.review and params.mask.mode != "off" else {}
+    tasks = [Task(item, params, found.labels[item.path].fps, scratch, key, decisions) for item in found.media]
     wanted = usable_cores() if params.workers == "auto" else max(1, params.workers)
     results = _extract_all(tasks, min(wanted, len(tasks)))
     return _rows(source, found, results, key), results
@@ -320,6 +386,8 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
         store = FrameStore(output)
         write_contact_sheets(store, report_folder)
         store.close()
+    masks = [(result.video, found.labels[result.path].label, result.mask) for result in results if result.mask and not result.reason]
+    write_mask_report(masks, scratch, report_folder)
     _tell(found.notes, quarantined, rows)
     if quarantined and (params.on_error == "fail" or not rows):
         raise DataError(_failures(quarantined, len(results), params.on_error))

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from pipeline.data.video import Media, Survey, find_media
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import is_odd
 from pipeline.parameters import DataParams
 from pipeline.registry import did_you_mean
 
-__all__ = ["Label", "LabelledMedia", "read_labelled_media"]
+__all__ = ["Label", "LabelledMedia", "read_labelled_media", "survey_labels"]
 
 COLUMN_NAMES = {
     "path": ("path", "file", "filename", "video", "image", "name"),
@@ -93,14 +94,8 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
     if not root.is_dir():
         key = "data.source" if main else f"data.extra_sources.{source}.path"
         raise DataError(f"{key}: folder '{root}' does not exist. Name the folder that holds the videos.")
-    tables = _read_tables(root, setting, params, strict=main)
-    escaping = [row for row in tables.rows if _escapes(row)]
-    tables.problems += [f"{row.where}: path '{row.path}' leads out of the folder" for row in escaping]
-    tables.rows = [row for row in tables.rows if not _escapes(row)]
-    survey = find_media(root, {row.path for row in tables.rows})
-    found = LabelledMedia(survey.media, {}, survey.notes + tables.notes)
+    found, tables = _gather(root, setting, params, strict=main)
     if tables.files:
-        _attach(found, tables, survey)
         if tables.problems:
             raise DataError(_listing(f"{root}: the labels table and the files disagree", tables.problems))
         if include:
@@ -124,6 +119,34 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
     return found
 
 
+def _gather(root: Path, setting: str, params: DataParams, strict: bool) -> tuple[LabelledMedia, _Tables]:
+    """Media and tables of a folder, matched; disagreements stand in the tables' problems."""
+    tables = _read_tables(root, setting, params, strict)
+    escaping = [row for row in tables.rows if _escapes(row)]
+    tables.problems += [f"{row.where}: path '{row.path}' leads out of the folder" for row in escaping]
+    tables.rows = [row for row in tables.rows if not _escapes(row)]
+    survey = find_media(root, {row.path for row in tables.rows})
+    found = LabelledMedia(survey.media, {}, survey.notes + tables.notes)
+    if tables.files:
+        _attach(found, tables, survey)
+    return found, tables
+
+
+def survey_labels(root: Path, setting: str, params: DataParams) -> tuple[LabelledMedia, list[str]]:
+    """All media of a folder with the labels they have, and what is wrong with the tables, one line a problem.
+
+    Unlike `read_labelled_media` nothing is filtered and a disagreement stops nothing. `setting` is that of `data.labels`.
+
+    Raises:
+        DataError: The folder, or a table named by `setting`, does not exist.
+    """
+    found, tables = _gather(root, setting, params, strict=True)
+    if not tables.files and setting == "auto":
+        _label_by_folder(found)
+    found.labels = {item.path: found.labels.get(item.path, Label()) for item in found.media}
+    return found, tables.problems
+
+
 def _listing(title: str, problems: list[str]) -> str:
     """Title and one line a problem, shortened after `_SHOWN`."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -139,16 +162,19 @@ def _escapes(row: _Row) -> bool:
 
 
 def _read_tables(root: Path, setting: str, params: DataParams, strict: bool) -> _Tables:
-    """Read the tables `setting` names: none, all `*.csv` at the top of `root` (auto), or one file in `root`."""
+    """Read the tables `setting` names: none, all `*.csv` at the top of `root` (auto), or one file in `root` or elsewhere."""
     tables = _Tables()
     if setting == "none":
         return tables
     if setting == "auto":
-        paths = sorted(path for path in root.iterdir() if path.suffix.lower() == ".csv" and path.name[0] != ".")
+        paths = sorted(path for path in root.iterdir() if path.suffix.lower() == ".csv" and path.name[0] != "." and not is_odd(path))
     else:
         path = root / setting
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise DataError(f"labels table '{setting}': must lie inside the source folder {root}")
+        outside = not path.resolve().is_relative_to(root.resolve())
+        if (outside or not path.is_file()) and Path(setting).is_file():
+            path, outside = Path(setting), False
+        if outside:
+            raise DataError(f"labels table '{setting}': must lie inside the source folder {root}, or be the path of a file from the project's folder")
         if not path.is_file():
             near = did_you_mean(setting, [item.name for item in root.glob("*.csv")])
             raise DataError(

@@ -14,11 +14,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_of
+from pipeline.data.masking import Decision, Masker
+from pipeline.data.thinning import Thinner
+from pipeline.data.trouble import KINDS, FrameWatch
 from pipeline.errors import DataError
-from pipeline.files import hash_bytes, hash_file
+from pipeline.files import hash_bytes, hash_file, is_odd, leads_out
 from pipeline.parameters import ExtractParams
 
 # FFmpeg reads these when a file is opened. Only real containers are allowed: a play list renamed to clip.mp4 would
@@ -36,7 +39,7 @@ from PIL import Image  # noqa: E402
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-__all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_media", "sniff", "source_frames"]
+__all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_media", "sniff"]
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 VIDEO_EXTENSIONS = frozenset(
@@ -49,7 +52,6 @@ ASSUMED_FPS = 25.0
 _ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}
 _STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
 _NUMBERED = re.compile(r"\d+", re.ASCII)
-Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def sniff(path: Path) -> str:
 
 
 def _frame_number(folder: Path, path: Path) -> str:
-    """The stem without the folder's own name in front: `000001` of video01/video01_000001.png."""
-    return path.stem.removeprefix(f"{folder.name}_")
+    """The stem without the folder's own name and the word frame in front: `000001` of video01/video01_000001.png."""
+    return path.stem.removeprefix(f"{folder.name}_").removeprefix("frame").removeprefix("_")
 
 
 def _is_frame_folder(
@@ -124,20 +126,20 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
     if not root.is_dir():
         raise DataError(f"{root}: the folder does not exist. Set data.source (or data.extra_sources) to a folder.")
     home = root.resolve()
-    survey, skipped, outside = Survey(), Counter(), 0
+    survey, skipped, outside, odd, closed = Survey(), Counter(), 0, 0, []
     named = frozenset(named)
-    for current, folders, names in os.walk(root):
+    for current, folders, names in os.walk(root, onerror=lambda error: closed.append(Path(error.filename))):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         folder = Path(current)
         inside = []
         for name in sorted(name for name in names if not name.startswith(".") and name != "Thumbs.db"):
-            if (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(home):
+            if leads_out(folder / name, home):
                 outside += 1
+            elif is_odd(folder / name):
+                odd += 1
             else:
                 inside.append(name)
-        outside += sum(
-            (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(home) for name in folders
-        )
+        outside += sum(leads_out(folder / name, home) for name in folders)
         if _is_frame_folder(folder, inside, folders, named, root):
             survey.media.append(Media(_printable(folder.relative_to(root)), "frames", folder))
             continue
@@ -153,6 +155,11 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
     survey.media.sort(key=lambda item: os.fsencode(item.path))
     if outside:
         survey.notes.append(f"{outside} links lead out of the source folder and were skipped")
+    if odd:
+        survey.notes.append(f"{odd} pipes, devices or sockets were skipped")
+    if closed:
+        listed = ", ".join(_printable(path.relative_to(root))[:80] for path in closed[:4])
+        survey.notes.append(f"{len(closed)} folders cannot be opened and were skipped: {listed}{', ...' if len(closed) > 4 else ''}")
     if skipped:
         listed = ", ".join(f"{count} {extension}" for extension, count in skipped.most_common(8))
         survey.notes.append(f"files of other types were skipped: {listed}")
@@ -161,7 +168,7 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
 
 def _frame_files(folder: Path) -> list[Path]:
     """The images of a frame folder in the order of their numbers."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and path.name[0] != "."]
+    files = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and path.name[0] != "." and not is_odd(path)]
     return sorted(files, key=lambda path: (int(_frame_number(folder, path)), path.name))
 
 
@@ -193,6 +200,10 @@ class Facts:
     stored_width: int = 0
     stored_height: int = 0
     channels: int = 1
+    mask: str = ""
+    """Geometry of the mask; `kept` where nothing was cut, empty where none was looked for."""
+    mask_confidence: float | None = None
+    mask_share: float | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -214,29 +225,29 @@ class _Container:
 
     def __init__(self, media: Media, max_pixels: int) -> None:
         self._path = media.path
-        self._capture = cv2.VideoCapture(
+        self.capture = cv2.VideoCapture(
             os.path.abspath(media.location), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]
         )
-        if not self._capture.isOpened():
+        if not self.capture.isOpened():
             raise DataError(f"{media.path}: not a video that can be opened (damaged, cut off, or another kind of file)")
-        width, height = (int(self._capture.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        width, height = (int(self.capture.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         _check_pixels(media.path, width, height, max_pixels)
-        claimed = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        claimed = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.claimed = int(claimed) if math.isfinite(claimed) and 0 < claimed < 1e9 else None
-        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        fps = self.capture.get(cv2.CAP_PROP_FPS)
         self.fps = float(fps) if math.isfinite(fps) and 1 <= fps <= 1000 else None
 
     def grab(self) -> bool:
-        return self._capture.grab()
+        return self.capture.grab()
 
     def retrieve(self) -> np.ndarray:
-        ok, frame = self._capture.retrieve()
+        ok, frame = self.capture.retrieve()
         if not ok or frame is None:
             raise DataError(f"{self._path}: a frame could not be converted to a picture")
         return frame
 
     def close(self) -> None:
-        self._capture.release()
+        self.capture.release()
 
 
 class _Stills:
@@ -307,66 +318,26 @@ def _check_pixels(path: str, width: int, height: int, max_pixels: int) -> None:
         )
 
 
-class _Thinner(Generic[Kept]):
-    """Keeps evenly spaced frames of a sequence of unknown length, in bounded memory and without a second pass.
+@dataclass
+class _Cell:
+    """One kept frame at its stored size, and its JPEG as soon as the mask is known."""
 
-    Every `stride`-th frame is kept; when eight times the wanted number lie in memory the stride doubles. The final
-    choice is exact for short videos and off by at most an eighth of the spacing for long ones; frames between are never
-    encoded.
-    """
-
-    def __init__(self, wanted: int) -> None:
-        self._wanted, self._stride = wanted, 1
-        self._kept: list[Kept] = []
-        self._seen = 0
-
-    def wants_next(self) -> bool:
-        """Whether the next frame must be encoded; otherwise call `skip`."""
-        return self._seen % self._stride == 0
-
-    def skip(self) -> None:
-        """Count a frame that is not encoded."""
-        self._seen += 1
-
-    def add(self, frame: Kept) -> None:
-        """Take the next frame."""
-        self._kept.append(frame)
-        self._seen += 1
-        if len(self._kept) >= 8 * self._wanted:
-            self._kept = self._kept[::2]
-            self._stride *= 2
-
-    def result(self) -> list[Kept]:
-        """At most `wanted` frames, from the first to the last seen; of one wanted frame, the middle one."""
-        count = min(self._wanted, self._seen)
-        places = np.linspace(0, self._seen - 1, count) if count > 1 else np.full(count, (self._seen - 1) / 2)
-        indices = np.minimum(np.rint(places / self._stride).astype(int), len(self._kept) - 1)
-        return [self._kept[index] for index in dict.fromkeys(indices.tolist())]
-
-
-def source_frames(decoded: int, fps: float | None, params: ExtractParams) -> list[int]:
-    """Numbers of the stored frames among the decoded ones: what `MediaReader` keeps of so many frames at that rate."""
-    step = None if params.frames_per_second is None or fps is None else params.frames_per_second / fps
-    reached = range(decoded) if step is None else [math.floor(index * step + 1e-9) for index in range(decoded)]
-    kept = [index for index in range(decoded) if index == 0 or step is None or reached[index] > reached[index - 1]]
-    if params.max_frames is None:
-        return kept
-    thinner: _Thinner[int] = _Thinner(params.max_frames)
-    for index in kept:
-        if thinner.wants_next():
-            thinner.add(index)
-        else:
-            thinner.skip()
-    return thinner.result()
+    frame: np.ndarray
+    jpeg: bytes = b""
 
 
 class MediaReader:
-    """Decodes one medium once, in order, into JPEG frames; `facts` is complete when `jpegs` is exhausted."""
+    """Decodes one medium once, in order, into JPEG frames; `facts` and `masker` are complete when `jpegs` is exhausted."""
 
-    def __init__(self, media: Media, params: ExtractParams, table_fps: float | None = None) -> None:
-        """`table_fps` is a frame rate from the labels table, used where the container states none."""
-        self.media, self.params, self._table_fps = media, params, table_fps
+    def __init__(
+        self, media: Media, params: ExtractParams, table_fps: float | None = None, decision: Decision | None = None
+    ) -> None:
+        """`table_fps`: a frame rate from the labels table, used where the container states none. decision: about the mask."""
+        self.media, self.params, self._table_fps, self._decision = media, params, table_fps, decision
+        self.masker: Masker | None = None
+        self._size = (0, 0)
         self.facts = Facts(channels=1 if params.color == "gray" else 3)
+        self._watch = FrameWatch()
 
     def jpegs(self) -> Iterator[bytes]:
         """The kept frames as JPEG bytes: grey as one channel, otherwise three.
@@ -377,7 +348,7 @@ class MediaReader:
         try:
             if self.media.kind != "frames" and self.media.location.stat().st_size == 0:
                 raise DataError(f"{self.media.path}: the file is empty")
-            frames = self._open()
+            frames = self.open()
         except OSError as error:
             raise DataError(f"{self.media.path}: cannot be read ({error.strerror})") from None
         try:
@@ -389,7 +360,8 @@ class MediaReader:
         finally:
             frames.close()
 
-    def _open(self) -> _Frames:
+    def open(self) -> _Frames:
+        """The decoder of the medium, before its first frame; `capture` of a container's is OpenCV's own."""
         frames: _Frames
         if self.media.kind != "frames" and is_dicom(self.media.location):
             frames = self._open_dicom()
@@ -426,8 +398,35 @@ class MediaReader:
         return frames
 
     def _read(self, frames: _Frames) -> Iterator[bytes]:
+        thinner: Thinner[_Cell] | None = Thinner(self.params.max_frames) if self.params.max_frames is not None else None
+        waiting: list[_Cell] | None = None
+        if self.params.mask.mode != "off":
+            boxes = [(box.left, box.top, box.right, box.bottom) for box in getattr(frames, "regions", ()) if box.spatial_format == 1]
+            self.masker, waiting = Masker(self.params.mask, self.media.path, boxes, self._decision), []
+        for frame in self._chosen(frames, thinner):
+            cell = _Cell(self._shrink(frame))
+            if thinner is not None:
+                thinner.add(cell)
+            if waiting is None:
+                self._encode(cell)
+                ready = [cell]
+            else:
+                waiting.append(cell)
+                ready = [] if self.masker and self.masker.wants(cell.frame, frame) else self._release(waiting, thinner)
+                waiting = waiting if not ready else None
+            if thinner is None:
+                self.facts.frames += len(ready)
+                yield from (cell.jpeg for cell in ready)
+        ready = self._release(waiting, thinner) if waiting else []
+        self._close_count()
+        if thinner is not None:
+            ready = thinner.result()
+        self.facts.frames += len(ready)
+        yield from (cell.jpeg for cell in ready)
+
+    def _chosen(self, frames: _Frames, thinner: Thinner[_Cell] | None) -> Iterator[np.ndarray]:
+        """The decoded frames that sampling keeps, and that the thinner may want."""
         facts, rate = self.facts, self.params.frames_per_second
-        thinner: _Thinner[bytes] | None = _Thinner(self.params.max_frames) if self.params.max_frames is not None else None
         step = None if rate is None or facts.fps is None else rate / facts.fps
         slot = -1
         while frames.grab():
@@ -442,17 +441,21 @@ class MediaReader:
             if thinner is not None and not thinner.wants_next():
                 thinner.skip()
                 continue
-            jpeg = self._encode(frames.retrieve())
-            if thinner is not None:
-                thinner.add(jpeg)
-            else:
-                facts.frames += 1
-                yield jpeg
-        self._close_count()
-        if thinner is not None:
-            kept = thinner.result()
-            facts.frames = len(kept)
-            yield from kept
+            yield frames.retrieve()
+
+    def _release(self, waiting: list[_Cell], thinner: Thinner[_Cell] | None) -> list[_Cell]:
+        """Find the mask from the waiting frames and encode those that may still be chosen; all of them are returned."""
+        facts, masker = self.facts, self.masker
+        if masker is None:
+            return waiting
+        masker.decide([cell.frame for cell in waiting], (facts.width, facts.height))
+        if masker.mask is not None:
+            facts.stored_height, facts.stored_width = masker.mask.shape
+        alive = None if thinner is None else {id(cell) for cell in thinner.kept}
+        for cell in waiting:
+            if alive is None or id(cell) in alive:
+                self._encode(cell, watch=False)
+        return waiting
 
     def _close_count(self) -> None:
         """Compare what was decoded with what the header claims."""
@@ -463,24 +466,37 @@ class MediaReader:
             facts.warnings.append(
                 f"decoded {facts.frames_decoded} frames where the header claims {facts.frames_claimed}"
             )
+        if self.masker is not None:
+            facts.warnings += self.masker.finish()
+            report = self.masker.report
+            facts.mask = report.geometry if report.action != "kept" else "kept"
+            facts.mask_confidence, facts.mask_share = report.confidence, report.share
+        facts.warnings += [f"{KINDS[finding.code].title}: {finding.text}" for finding in self._watch.findings()]
 
-    def _encode(self, frame: np.ndarray) -> bytes:
+    def _shrink(self, frame: np.ndarray) -> np.ndarray:
+        """A decoded frame in the store's channels and size, uncropped."""
         facts = self.facts
         height, width = frame.shape[:2]
         _check_pixels(self.media.path, width, height, self.params.max_pixels)
         if facts.width == 0:
             facts.width, facts.height = width, height
             scale = min(1.0, self.params.short_side / min(width, height))
-            facts.stored_width, facts.stored_height = (max(1, round(side * scale)) for side in (width, height))
+            self._size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            facts.stored_width, facts.stored_height = self._size
         elif (width, height) != (facts.width, facts.height):
             _note(facts.warnings, "the frame size changes inside; all were resized to the first")
         # Grey first: shrinking one channel instead of three was measured 1.75 times cheaper for the whole frame.
         if facts.channels == 1 and frame.ndim == 3:
             frame = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
-        size = (facts.stored_width, facts.stored_height)
-        if (frame.shape[1], frame.shape[0]) != size:
-            frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        self._watch.see(frame)
+        if (frame.shape[1], frame.shape[0]) != self._size:
+            frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
+        return frame
+
+    def _encode(self, cell: _Cell, watch: bool = True) -> None:
+        """Mask and compress a frame; the frame itself is let go."""
+        frame = cell.frame if self.masker is None else self.masker.apply(cell.frame, watch)
         ok, jpeg = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, self.params.jpeg_quality])
         if not ok:
-            raise DataError(f"{self.media.path}: a frame of {size[0]} x {size[1]} pixels cannot be stored as JPEG")
-        return jpeg.tobytes()
+            raise DataError(f"{self.media.path}: a frame of {frame.shape[1]} x {frame.shape[0]} pixels cannot be stored as JPEG")
+        cell.jpeg, cell.frame = jpeg.tobytes(), frame[:0]
