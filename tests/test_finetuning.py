@@ -20,6 +20,7 @@ from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import CheckpointError, ConfigError, DataError, LeakageError, PipelineError
+from pipeline.evaluation.neighbors import read_features
 from pipeline.models.backbones import build_backbone
 from pipeline.models.classifier import Classifier
 from pipeline.training.finetune import FinetuneData, Finetuning, Predictions, class_weights, subset_by_patient
@@ -336,6 +337,10 @@ def test_stage__random_needs_no_encoder_and_results_are_reused(project: Path) ->
     assert ": done;" in run_finetune_stage(config, "random", 1, 1)
     other = pd.read_csv(project / "models/finetuned/random-seed1-fold1/predictions.csv")
     assert not np.allclose(other.p_a, pd.read_csv(folder / "predictions.csv").p_a), "another seed, another result"
+    features = [project / f"models/finetuned/random-seed{seed}-fold1/features.npz" for seed in (0, 1)]
+    assert features[0].read_bytes() == features[1].read_bytes(), "taken before training, which alone depends on the seed"
+    found = read_features(features[0], splits.fold(1), splits)
+    assert found is not None and sorted(v for v, test in zip(found.videos, found.is_test, strict=True) if test) == sorted(splits.fold(1).test)
     changed = make_config(project, **{**SETTINGS, "methods__ucl__temperature": 0.5, "pretrain__epochs": 9})
     assert "reused" in run_finetune_stage(changed, "random", 0, 1), "pretraining does not concern the untrained network"
     card = json.loads((folder / "card.json").read_text())
