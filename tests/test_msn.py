@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_kit import CPU, StopAfter, make_config, make_method, make_run, make_store, never, toy_loader
+from training_kit import (
+    CPU,
+    StopAfter,
+    make_config,
+    make_method,
+    make_run,
+    make_store,
+    never,
+    toy_loader,
+)
 
 from pipeline.data.clips import ClipBatch
 from pipeline.data.store import FrameStore

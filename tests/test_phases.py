@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from sample_media import number, write_frame_folder, write_video
@@ -16,7 +17,8 @@ from pipeline.data.extract import extract_source
 from pipeline.data.frame_labels import read_frame_labels
 from pipeline.data.splits import Splits, make_splits
 from pipeline.data.store import FrameStore
-from pipeline.data.video import MediaReader, find_media, source_frames
+from pipeline.data.thinning import source_frames
+from pipeline.data.video import MediaReader, find_media
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.phases import macro_scores, phase_metrics
@@ -40,7 +42,10 @@ def project(folder: Path, monkeypatch: pytest.MonkeyPatch, videos: int = 6, **ch
 # --- annotation files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["Frame\tPhase\n0\ta\n1\tb\n", "Frame\tPhase\r\n0\ta\r\n1\tb", "\ufeffframe,label\n0,a\n\n1, b \n\n", "0;a\n1;b"])
+@pytest.mark.parametrize(
+    "text",
+    ["Frame\tPhase\n0\ta\n1\tb\n", "Frame\tPhase\r\n0\ta\r\n1\tb", "\ufeffframe,label\n0,a\n\n1, b \n\n", "0;a\n1;b"],
+)
 def test_read_frame_labels__any_line_end_and_separator(tmp_path: Path, text: str) -> None:
     (tmp_path / "v.txt").write_bytes(text.encode())
     labels = read_frame_labels(tmp_path / "v.txt")
@@ -78,8 +83,6 @@ def test_source_frames__are_those_the_reader_keeps(tmp_path: Path, rate: float |
     params = ExtractParams(frames_per_second=rate, max_frames=most, short_side=48)
     (media,) = find_media(tmp_path).media
     reader = MediaReader(media, params)
-    import cv2
-
     shown = [number(cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_GRAYSCALE)) for jpeg in reader.jpegs()]
     assert source_frames(reader.facts.frames_decoded, reader.facts.fps, params) == shown
 

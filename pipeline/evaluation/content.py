@@ -198,7 +198,9 @@ def phase_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
     first = found[inits[0]]
     rows: list[list[Any]] = [
         [f"{name}, mean over videos", *(number(found[init][key]) for init in inits)]
-        for key, name in (("f1", "Macro F1"), ("f1_sd", "Macro F1, SD"), ("accuracy", "Accuracy"), ("precision", "Precision"), ("recall", "Recall"))
+        for key, name in (
+            ("f1", "Macro F1"), ("f1_sd", "SD of macro F1"), ("accuracy", "Accuracy"), ("precision", "Precision"), ("recall", "Recall"),
+        )
     ]
     rows += [
         [f"Macro F1 over {words}", *(number(found[init]["f1_by_convention"][key]) for init in inits)]
@@ -209,7 +211,8 @@ def phase_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
         for key, name in (("macro_f1", "Macro F1"), ("weighted_f1", "Weighted F1"), ("accuracy", "Accuracy"))
     ]
     columns = ["Metric", *(init.capitalize() for init in inits)]
-    note = f"{first['videos']:g} whole videos; phases counted: {first['convention']}; {first['frames']:g} of {first['frames_stored']:g} stored frames."
+    judged = f"{first['frames']:g} of {first['frames_stored']:g} stored frames"
+    note = f"{first['videos']:g} whole videos; phases counted: {first['convention']}; {judged}."
     if first["frames"] < first["frames_stored"]:
         note += " Raise finetune.eval_frames_per_video to judge all."
     phases = [

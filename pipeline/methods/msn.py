@@ -14,7 +14,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.methods.base import (
-    ClipBatch, Method, MethodContext, MethodParams, Progress, Setting, StepOutput, ViewRule, slow_twin_warning,
+    ClipBatch,
+    Method,
+    MethodContext,
+    MethodParams,
+    Progress,
+    Setting,
+    StepOutput,
+    ViewRule,
+    slow_twin_warning,
 )
 from pipeline.models.catalog import describe, names, size_problem
 from pipeline.parameters import AugmentationParams, OptionalViewParams
