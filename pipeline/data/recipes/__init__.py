@@ -1,0 +1,1 @@
+"""What is known about public data sets: layout, labels, patients, licence, published counts; one file a family."""
