@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 __all__ = [
-    "AugmentationParams", "DataParams", "EvaluateParams", "ExtractParams", "FinetuneParams", "LaunchParams",
+    "AugmentationParams", "DataParams", "EvaluateParams", "ExtractParams", "FinetuneParams", "LaunchParams", "MaskParams",
     "MonitorParams", "OptimizerParams", "OptionalViewParams", "PhantomParams", "PretrainParams", "RandAugmentParams", "Section", "SourceParams",
     "SplitParams", "TrackingParams",
 ]
@@ -83,6 +83,27 @@ class DataParams(Section):
     phantom: PhantomParams = Field(default_factory=PhantomParams)
 
 
+class MaskParams(Section):
+    """What is made black outside the scan area before anything is stored, and what happens where that is not sure."""
+
+    mode: Literal["sector", "off"] = "off"
+    """`sector` finds the scan area of each video from what moves (and from DICOM regions); `off` keeps frames as they are.
+
+    params.yaml turns it on; off is what a file or an encoder's card without this section means."""
+    min_confidence: float = Field(0.9, ge=0, le=1)
+    """Masks below this go to the review list, and `low_confidence` says what is done with the video."""
+    low_confidence: Literal["wide", "mask", "keep", "exclude"] = "wide"
+    """`wide`: black outside the hull of everything that may belong to the picture; `mask`: the doubtful mask; `keep`: nothing is cut."""
+    dual: Literal["keep", "larger", "left", "right", "exclude"] = "keep"
+    """Two pictures side by side: keep both, one of them, or leave the video out."""
+    doppler: Literal["keep", "exclude"] = "keep"
+    """Colour Doppler."""
+    crop: bool = False
+    """Cut stored frames to the box around the mask."""
+    review: str | None = None
+    """A CSV file with a person's decisions: path or video, decision (accept, keep, exclude, box), x0, y0, x1, y1."""
+
+
 class ExtractParams(Section):
     """From files to the frame store."""
 
@@ -99,6 +120,7 @@ class ExtractParams(Section):
     workers: int | Literal["auto"] = "auto"
     max_pixels: int = Field(50_000_000, ge=1)
     """A frame larger than this (width x height) is refused before it is decoded further."""
+    mask: MaskParams = Field(default_factory=MaskParams)
 
 
 class SplitParams(Section):

@@ -23,17 +23,29 @@ from tqdm import tqdm
 
 from pipeline.config import Config, fingerprint
 from pipeline.data.contact_sheet import write_contact_sheets
-from pipeline.data.frame_labels import cut_videos
 from pipeline.data.dicom import is_dicom, read_identity
+from pipeline.data.frame_labels import cut_videos
 from pipeline.data.labels import LabelledMedia, read_labelled_media
-from pipeline.data.mask_report import write_mask_report
-from pipeline.data.masking import Decision, MaskReport, Masker, decision_for, read_review
 from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
+from pipeline.data.mask_report import write_mask_report
+from pipeline.data.masking import (
+    Decision,
+    Masker,
+    MaskReport,
+    decision_for,
+    read_review,
+)
 from pipeline.data.pool import CRASHED, run_isolated, usable_cores
 from pipeline.data.store import FrameStore, write_video
 from pipeline.data.video import Facts, Media, MediaReader, content_hash
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import atomic_write, hash_file, read_json, scratch_folder, write_json
+from pipeline.files import (
+    atomic_write,
+    hash_file,
+    read_json,
+    scratch_folder,
+    write_json,
+)
 from pipeline.parameters import ExtractParams
 
 __all__ = ["Extracted", "Task", "extract_media", "extract_one", "extract_source", "extraction_fingerprint"]

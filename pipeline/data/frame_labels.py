@@ -16,9 +16,9 @@ import numpy as np
 
 from pipeline.data.manifest import VideoRow, pseudonym
 from pipeline.data.store import write_video
-from pipeline.data.video import source_frames
+from pipeline.data.thinning import source_frames
 from pipeline.errors import DataError
-from pipeline.files import hash_bytes
+from pipeline.files import copy_into, hash_bytes
 from pipeline.parameters import DataParams, ExtractParams
 
 __all__ = ["FrameLabels", "cut_videos", "label_file", "read_frame_labels"]
@@ -140,6 +140,9 @@ def _stretches(row: VideoRow, names: list[str], key: str, scratch: Path) -> list
         if not tar.is_file():
             with open(scratch / f"{row.video}.tar", "rb") as whole:
                 write_video(scratch, video, (_read(whole, int(offset), int(length)) for offset, length in index[first:end]))
+        mask = scratch / f"{row.video}.mask.png"
+        if mask.is_file():
+            copy_into(mask, scratch / f"{video}.mask.png")
         rows.append(replace(
             row, video=video, sha256=content, path=f"{row.path}#{first:06d}-{end - 1:06d}", patient=patient, label=names[first],
             kind="stretch", frames=end - first, frames_decoded=end - first, frames_claimed=None, bytes=tar.stat().st_size,

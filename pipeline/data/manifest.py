@@ -1,6 +1,6 @@
 """The table every stage shares: one row a video or still image, with pseudonymous patient, label, counts and warnings.
 
-Schema 2, UTF-8 CSV sorted by the bytes of `path`. Reading is strict: a wrong cell is named by file, row and column.
+Schema 3, UTF-8 CSV sorted by the bytes of `path`. Reading is strict: a wrong cell is named by file, row and column.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.files import atomic_write, hash_bytes
 
 __all__ = ["SCHEMA", "Manifest", "VideoRow", "merge_identical", "pseudonym"]
 
-SCHEMA = 2
+SCHEMA = 3
 _VIDEO_ID = re.compile(r"[0-9a-f]{16}")
 _CHOICES = {
     "kind": ("video", "image", "frames", "stretch"),
@@ -28,8 +28,9 @@ _CHOICES = {
         "container", "table", "assumed", "none", "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate",
     ),
     "channels": ("1", "3"),
+    "mask": ("", "kept", "convex", "phased", "linear", "free", "box"),
 }
-_OPTIONAL_NUMBERS = ("fps", "frames_claimed")
+_OPTIONAL_NUMBERS = ("fps", "frames_claimed", "mask_confidence", "mask_share")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class VideoRow:
     """Separated by `; `."""
     study: str = ""
     """Pseudonym of the DICOM study, or empty."""
+    mask: str = ""
+    """Geometry of the mask; `kept` where nothing was cut, empty where none was looked for."""
+    mask_confidence: float | None = None
+    mask_share: float | None = None
+    """Share of the picture that is kept."""
     schema: int = SCHEMA
 
 
@@ -130,7 +136,10 @@ class Manifest:
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
         if missing:
             found = ", ".join(reader.fieldnames or [])
-            raise DataError(f"{path}: columns missing: {', '.join(missing)}. Found: {found}")
+            raise DataError(
+                f"{path}: columns missing: {', '.join(missing)}. Found: {found}. A manifest of an older version? Run the extract stage "
+                f"again (dvc repro extract)."
+            )
         try:
             rows = [_parse(path, number, cells) for number, cells in enumerate(reader, start=2)]
         except csv.Error as error:
@@ -161,9 +170,10 @@ class Manifest:
 def _number(path: Path, row: int, column: str, cell: str, kind: type[int] | type[float]) -> int | float:
     try:
         value = kind(cell)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
+        finite = math.isfinite(value)
+    except (ValueError, OverflowError):  # no number, or more digits than a float has room for
+        value, finite = 0, False
+    if not finite or value < 0:
         raise DataError(f"{path}: row {row}, column {column}: found {cell!r}, expected a number of at least 0")
     return value
 
@@ -173,7 +183,7 @@ def _parse(path: Path, row: int, cells: dict[str | None, str | None]) -> VideoRo
     if None in cells or any(cells[name] is None for name in COLUMNS):
         raise DataError(f"{path}: row {row}: more or fewer cells than the {len(COLUMNS)} columns")
     if cells["schema"] != str(SCHEMA):
-        raise DataError(f"{path}: row {row}, column schema: found {cells['schema']!r}, this version reads {SCHEMA}")
+        raise DataError(f"{path}: row {row}, column schema: found {cells['schema']!r}, this version reads {SCHEMA}. Run the extract stage again (dvc repro extract).")
     if not _VIDEO_ID.fullmatch(cells["video"] or ""):
         # The id becomes a file name, so nothing but hex digits may pass.
         raise DataError(f"{path}: row {row}, column video: found {cells['video']!r}, expected 16 hex digits")

@@ -1,56 +1,48 @@
 """The scan area of an ultrasound clip: found by what moves, fitted by the outline of a probe, with a confidence.
 
 Everything a scanner writes beside its picture (text, rulers, logos, ECG, colour bars) stands still or is thin, the picture
-flickers; so the moving area is fitted by the outline a convex, phased or linear probe draws, and only what lies inside it is
-kept. Pure functions on grey frames; what is done with the result stands in `masking.py`.
+flickers; so what flickers, with the faint noise that hangs together with it, is fitted by the outline that a convex, phased or
+linear probe draws. Pure functions on grey frames; what is done with the result stands in `masking.py`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import cv2
 import numpy as np
 
-__all__ = ["Fan", "Sector", "activity", "fan_mask", "find_sector"]
+from pipeline.data.outline import box_mask, fan_mask, fit_box, fit_fan, hull
 
-WORK = 192
+__all__ = ["Box", "Sector", "activity", "find_panes", "find_sector", "join_panes", "solid"]
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels; right and bottom exclusive."""
+
+WORK = 160
 """Long side, in pixels, at which areas are found; masks are enlarged from there by their outline, not by their pixels."""
-FIT = 96
-"""Long side at which outlines are fitted."""
 FLOOR = 1.5
 """Grey levels of flicker below which a pixel counts as standing still: lossy codecs flicker by about one."""
-DARK = 12
-"""Grey level up to which a pixel counts as background."""
-
-
-@dataclass(frozen=True)
-class Fan:
-    """Outline of a convex or phased probe's picture, in units of the picture's width.
-
-    Apex (x, y), angles of the left and right edge from straight down (radians), nearest and farthest radius. A phased probe
-    has a nearest radius near 0; a linear one is a `box`.
-    """
-
-    x: float
-    y: float
-    left: float
-    right: float
-    near: float
-    far: float
+FAINT = 2.0
+"""Grey levels above the background from which a pixel, averaged over time, belongs to a picture: shadows are hardly black."""
+MARGIN = 0.004
+"""How far an outline is widened, as a share of the width."""
 
 
 @dataclass(frozen=True)
 class Sector:
     """The scan area of one clip.
 
-    mask: bool [H, W]. geometry: convex, phased, linear, or free (no outline fits; the mask is what moved). confidence: 0 to 1,
-    the overlap (intersection over union) of outline and moving area, lowered where little moved. moving: share of pixels that
-    moved. reasons: what lowered the confidence.
+    mask: bool [H, W]. wide: bool [H, W], the mask and the hull of all that may belong to it, for when it is not sure.
+    geometry: convex, phased, linear, or free (no outline fits; the mask is the hull of what moved). confidence: 0 to 1: how
+    well outline and picture agree, lowered by every reason in `reasons`. moving: share of the picture that moved.
     """
 
     mask: np.ndarray
+    wide: np.ndarray
     geometry: str
     confidence: float
     moving: float
@@ -62,10 +54,15 @@ def activity(frames: np.ndarray) -> np.ndarray:
 
     The mean step between neighbouring frames that differ at all: repeated frames of a screen recording do not dilute it.
     """
-    steps = np.abs(np.diff(frames.astype(np.int16), axis=0)).astype(np.float32)
-    lively = steps.mean(axis=(1, 2))
-    steps = steps[lively > 0.25 * max(float(np.median(lively)), 0.2)] if len(steps) else steps
-    return steps.mean(0) if len(steps) else np.zeros(frames.shape[1:], np.float32)
+    if len(frames) < 2:
+        return np.zeros(frames.shape[1:], np.float32)
+    steps = [cv2.absdiff(before, after) for before, after in pairwise(frames)]
+    lively = np.array([float(step.mean()) for step in steps])
+    keep = lively > 0.25 * max(float(np.median(lively)), 0.2)
+    total = np.zeros(frames.shape[1:], np.float32)
+    for step in (step for step, kept in zip(steps, keep, strict=True) if kept):
+        cv2.accumulate(step, total)
+    return total / max(1, int(keep.sum()))
 
 
 def _shrink(frames: np.ndarray, side: int) -> np.ndarray:
@@ -86,209 +83,251 @@ def _filled(area: np.ndarray) -> np.ndarray:
     return padded[1:-1, 1:-1] != 2
 
 
-def _moving_areas(frames: np.ndarray) -> tuple[list[np.ndarray], bool]:
-    """(areas of the picture by size, whether they were told by movement). frames: uint8 [T, h, w] at `WORK`.
+@dataclass(frozen=True)
+class _View:
+    """A clip in two pictures at `WORK`: mean over time, and flicker."""
 
-    An area is a piece that moves, with what is bright and hangs together with it: parts of the picture may stand still, and a
-    dark band may divide it. Pieces below a twentieth of the largest are left out.
+    mean: np.ndarray
+    flicker: np.ndarray
+
+    @classmethod
+    def of(cls, frames: np.ndarray) -> _View:
+        small = _shrink(frames, WORK)
+        return cls(small.mean(0, dtype=np.float32), activity(small))
+
+    @property
+    def background(self) -> float:
+        """The grey level of what shows nothing: that of the darkest fiftieth, if it is dark."""
+        low = float(np.percentile(self.mean, 2))
+        return low if low < 40 else 0.0
+
+    def moves(self) -> np.ndarray:
+        return self.flicker > max(FLOOR, 0.1 * float(np.percentile(self.flicker, 95)))
+
+    def lit(self) -> np.ndarray:
+        return (self.mean > self.background + FAINT) | (self.flicker > 0.5 + float(np.percentile(self.flicker, 2)))
+
+
+def solid(area: np.ndarray) -> np.ndarray:
+    """Letters, ticks and lines removed, gaps closed, thin bridges to a ruler or a label cut. bool -> uint8."""
+    size = max(5, round(0.05 * max(area.shape)) | 1)
+    area = cv2.morphologyEx(area.astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
+    # Padded, so that closing does not stick to the border.
+    area = cv2.morphologyEx(np.pad(area, size), cv2.MORPH_CLOSE, _kernel(size))[size:-size, size:-size]
+    return cv2.morphologyEx(np.pad(area, size, mode="edge"), cv2.MORPH_OPEN, _kernel(size))[size:-size, size:-size]
+
+
+def _pieces(view: _View, faint: bool) -> tuple[list[np.ndarray], bool]:
+    """(areas of the picture by size, whether they were told by movement).
+
+    An area is a piece that moves, with what is lit and hangs together with it (`faint`): parts of the picture may stand still,
+    and a dark band may divide it. Pieces below a twentieth of the largest are left out.
     """
-    flicker = activity(frames)
-    moves = flicker > max(FLOOR, 0.15 * float(np.percentile(flicker, 95)))
-    by_movement = float(moves.mean()) > 0.04
-    size = max(5, round(0.05 * max(moves.shape)) | 1)
-    # The first opening removes letters, ticks and lines; the second cuts thin bridges to a ruler or a label.
-    bright = cv2.morphologyEx((frames.max(0) > DARK).astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
-    bright = cv2.morphologyEx(_closed(bright, size), cv2.MORPH_OPEN, _kernel(size))
-    core = bright
-    if by_movement:
-        core = cv2.morphologyEx(moves.astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
-        core = cv2.morphologyEx(_closed(core, size), cv2.MORPH_OPEN, _kernel(size))
-    count, labels = cv2.connectedComponents(bright | core, connectivity=4)
+    moves = view.moves()
+    by_movement = float(moves.mean()) > 0.03
+    core = solid(moves) if by_movement else solid(view.mean > view.background + 12)
+    area = core | solid(view.lit()) if faint and by_movement else core
+    count, labels = cv2.connectedComponents(area, connectivity=4)
     pieces = [labels == number for number in range(1, count)]
-    pieces = [piece for piece in pieces if (piece & (core > 0)).sum() > 0.25 * piece.sum()]
+    pieces = [piece for piece in pieces if (piece & (core > 0)).sum() > 0.2 * piece.sum()]
     pieces.sort(key=lambda piece: -int(piece.sum()))
     return [_filled(piece) for piece in pieces if piece.sum() >= 0.05 * pieces[0].sum()], by_movement
 
 
-def _closed(area: np.ndarray, size: int) -> np.ndarray:
-    """Morphological closing that does not stick to the border."""
-    return cv2.morphologyEx(np.pad(area, size), cv2.MORPH_CLOSE, _kernel(size))[size:-size, size:-size]
-
-
-def fan_mask(fan: Fan, shape: tuple[int, int], margin: float = 0.0) -> np.ndarray:
-    """bool [H, W]: pixels inside a fan, widened by `margin` (in widths) on all sides."""
-    height, width = shape
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    dx, dy = (x + 0.5) / width - fan.x, (y + 0.5) / width - fan.y
-    radius = np.hypot(dx, dy)
-    # Distance from the two straight edges, so that the margin has the same width everywhere.
-    left = dx * math.cos(fan.left) - dy * math.sin(fan.left)
-    right = dx * math.cos(fan.right) - dy * math.sin(fan.right)
-    return (left >= -margin) & (right <= margin) & (radius >= fan.near - margin) & (radius <= fan.far + margin) & (dy > -margin)
-
-
 @dataclass(frozen=True)
-class _Target:
-    """What an outline should enclose: `sure` pixels; dark ones between them (shadow, fluid) hardly matter, others must stay out."""
+class _Outline:
+    """What was fitted to one picture of a clip: the geometry, how well it agrees, and the mask at full size.
 
-    sure: np.ndarray
-    weight: np.ndarray
+    hull: bool at `WORK`, around every piece that may belong to the picture.
+    """
 
-    @classmethod
-    def of(cls, area: np.ndarray) -> _Target:
-        points = cv2.findNonZero(area.astype(np.uint8))
-        hull = np.zeros(area.shape, np.uint8)
-        cv2.fillConvexPoly(hull, cv2.convexHull(points), 1)
-        return cls(area, np.where(area, 1.0, np.where(hull > 0, 0.25, 1.0)).astype(np.float32))
-
-    def overlap(self, mask: np.ndarray) -> float:
-        """Weighted intersection over union."""
-        union = float(self.weight[mask | self.sure].sum())
-        return float(self.weight[mask & self.sure].sum()) / union if union else 0.0
+    geometry: str
+    score: float
+    mask: np.ndarray
+    hull: np.ndarray
 
 
-def _edge_lines(area: np.ndarray) -> tuple[float, float, float, float] | None:
-    """Straight left and right edges as (slope, offset) each: x = slope * y + offset, from the rows where the picture widens."""
-    rows = np.flatnonzero(area.any(1))
-    first, last = area.argmax(1)[rows], area.shape[1] - 1 - area[:, ::-1].argmax(1)[rows]
-    widest = rows[(last - first).argmax()]
-    use = (rows > rows[0] + 0.1 * (widest - rows[0])) & (rows < widest - 0.05 * (widest - rows[0]))
-    # Edges cut by the picture's border are no edges.
-    left, right = use & (first > 0), use & (last < area.shape[1] - 1)
-    if left.sum() < 6 or right.sum() < 6:
+def _enlarged(small: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(small.astype(np.uint8) * 255, shape[::-1], interpolation=cv2.INTER_LINEAR) > 0
+
+
+def _fit(area: np.ndarray, shape: tuple[int, int], margin: float) -> _Outline:
+    """The outline of a probe around an area (at `WORK`), or its hull where none fits. shape: of the mask."""
+    around = hull(area)
+    (fan, fan_score), (box, box_score) = fit_fan(area), fit_box(area)
+    # A box has fewer freedoms than a fan; a fan with nearly parallel edges can imitate one.
+    if box_score > 0.8 and (box_score >= fan_score - 0.002 or fan.right - fan.left < 0.12):
+        return _Outline("linear", box_score, box_mask(box, shape, margin), around)
+    if fan_score > 0.75:
+        opening = (fan.right - fan.left) * fan.near
+        return _Outline("convex" if opening > 0.08 else "phased", fan_score, fan_mask(fan, shape, margin), around)
+    return _Outline("free", min(0.5, max(fan_score, box_score)), _enlarged(around, shape), around)
+
+
+def _best_outline(pieces: list[np.ndarray], shape: tuple[int, int], margin: float) -> _Outline:
+    """The outline of the largest piece, and of those beside it that one outline can hold as well."""
+    area = pieces[0]
+    best = _fit(area, shape, margin)
+    for piece in pieces[1:]:
+        both = _fit(area | piece, shape, margin)
+        if both.geometry != "free" and both.score >= best.score - 0.06:
+            area, best = area | piece, both
+    return replace(best, hull=hull(np.logical_or.reduce(pieces)))
+
+
+def _outline(view: _View, shape: tuple[int, int], margin: float) -> tuple[_Outline | None, bool]:
+    """(outline of the largest picture in a view, whether movement decided); None where there is no picture."""
+    pieces, by_movement = _pieces(view, faint=True)
+    if not pieces or pieces[0].mean() < 0.02:
+        return None, by_movement
+    best = _best_outline(pieces, shape, margin)
+    if best.score < 0.85 and by_movement:
+        # A grey panel around the picture counts as lit: then movement alone tells the picture.
+        moving, _ = _pieces(view, faint=False)
+        other = _best_outline(moving, shape, margin) if moving and moving[0].mean() >= 0.02 else best
+        best = other if other.score > best.score + 0.05 else best
+    return best, by_movement
+
+
+def _split(view: _View) -> int | None:
+    """The column (at `WORK`) between two pictures side by side, or None: nothing is lit there from top to bottom."""
+    lit = cv2.morphologyEx((view.lit() if view.flicker.any() else view.mean > view.background + 12).astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
+    used = np.flatnonzero(lit.any(0))
+    if len(used) < 40:
         return None
-
-    def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-        slope, offset = np.polyfit(y, x, 1)
-        for _ in range(3):
-            rest = np.abs(x - slope * y - offset)
-            keep = rest <= max(1.0, 1.5 * float(np.median(rest)))
-            slope, offset = np.polyfit(y[keep], x[keep], 1)
-        return float(slope), float(offset)
-
-    return *line(first[left], rows[left]), *line(last[right], rows[right])
-
-
-def _start_fans(area: np.ndarray) -> list[Fan]:
-    """Fans to begin the fit with: from the straight edges where there are any, else from the bounding box."""
-    height, width = area.shape
-    ys, xs = np.nonzero(area)
-    starts = []
-    lines = _edge_lines(area)
-    if lines is not None and lines[2] - lines[0] > 0.15:
-        (a, b, c, d) = lines
-        y = (b - d) / (c - a)
-        starts.append((a * y + b, y, math.atan(a), math.atan(c)))
-    middle, span = (xs.min() + xs.max()) / 2, (xs.max() - xs.min()) / 2
-    for angle in (0.5, 0.75):
-        starts.append((middle, ys.max() - span / math.sin(angle), -angle, angle))
-    fans = []
-    for x, y, left, right in starts:
-        radius = np.hypot(xs - x, ys - y)
-        near, far = np.percentile(radius, [0.5, 99.5])
-        fans.append(Fan(x / width, y / width, left, right, float(near) / width, float(far) / width))
-    return fans
+    left, right = int(used[0]), int(used[-1]) + 1
+    empty = lit[:, left:right].mean(0) <= 0.005
+    quarter = (right - left) // 4
+    middle = np.flatnonzero(empty[quarter:-quarter]) + left + quarter
+    if not len(middle):
+        return None
+    column = int(middle[len(middle) // 2])
+    halves = [lit[:, left:column], lit[:, column:right]]
+    sizes = [int(half.sum()) for half in halves]
+    tall = [float(np.ptp(np.flatnonzero(half.any(1))) if half.any() else 0) for half in halves]
+    return column if min(sizes) > 0.25 * sum(sizes) and min(tall) > 0.6 * max(tall) else None
 
 
-def _coarse(area: np.ndarray) -> np.ndarray:
-    scale = min(1.0, FIT / max(area.shape))
-    size = (max(8, round(area.shape[1] * scale)), max(8, round(area.shape[0] * scale)))
-    return _filled(cv2.resize(area.astype(np.uint8), size, interpolation=cv2.INTER_AREA) > 0)
+def _without_labels(mask: np.ndarray, frames: np.ndarray, flicker: np.ndarray) -> np.ndarray:
+    """Cut what is written across or just inside the rim: bright, still in every frame, and mostly outside or in a still place."""
+    low, high = frames.min(0), frames.max(0)
+    written = ((low > 60) & (high - low < 30)).astype(np.uint8)
+    width = max(3, round(0.04 * mask.shape[1]) | 1)
+    inner = cv2.erode(mask.astype(np.uint8), _kernel(width))
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(written, connectivity=8)
+    if count < 2:
+        return mask
+    numbers = labels.ravel()
+    inside = np.bincount(numbers, mask.ravel(), count)
+    deep = np.bincount(numbers, inner.ravel(), count)
+    quiet = cv2.blur(flicker, (width, width)) < 0.8
+    still = np.bincount(numbers, quiet.ravel(), count)
+    size = stats[:, cv2.CC_STAT_AREA]
+    labelled = (inside > 0) & ((inside < 0.5 * size) | ((deep == 0) & (still > 0.8 * size)))
+    labelled[0] = False
+    if not labelled.any():
+        return mask
+    return mask & (cv2.dilate(labelled[labels].astype(np.uint8), _kernel(5)) == 0)
 
 
-def _fit_fan(target: _Target) -> tuple[Fan, float]:
-    """The fan with the largest overlap with the target (at `FIT`), by pattern search from a few starts."""
-    area = target.sure
-    best, best_score = Fan(0.5, 0.0, -0.7, 0.7, 0.0, 1.0), 0.0
-    for start in _start_fans(area):
-        values = np.array([start.x, start.y, start.left, start.right, start.near, start.far])
-        steps = np.array([0.03, 0.06, 0.06, 0.06, 0.03, 0.03])
-        score = target.overlap(fan_mask(Fan(*values), area.shape))
-        while steps[0] > 0.0015:
-            improved = False
-            for index in range(6):
-                for sign in (1, -1):
-                    trial = values.copy()
-                    trial[index] += sign * steps[index]
-                    if trial[4] < 0 or trial[2] > trial[3]:
-                        continue
-                    found = target.overlap(fan_mask(Fan(*trial), area.shape))
-                    if found > score:
-                        values, score, improved = trial, found, True
-                        break
-            if not improved:
-                steps = steps / 2
-        if score > best_score:
-            best, best_score = Fan(*(float(v) for v in values)), score
-    return best, best_score
+def _judge(view: _View, mask: np.ndarray, score: float, by_movement: bool, cine: bool) -> tuple[float, tuple[str, ...]]:
+    """Confidence and what lowered it. The mask is at full size."""
+    reasons = []
+    small = cv2.resize(mask.astype(np.uint8), view.mean.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+    moves = solid(view.moves()) > 0
+    kept = float((moves & small).sum()) / max(1, int(moves.sum()))
+    if by_movement and kept < 0.97:
+        score *= max(0.0, 1 - 3 * (0.97 - kept))
+        reasons.append(f"{1 - kept:.0%} of what moves lies outside")
+    if not by_movement:
+        score *= 0.75
+        reasons.append("nothing moves: told by brightness" if cine else "a still: told by brightness")
+    elif float(view.mean.std()) < 0.5 * float(view.flicker.mean()):
+        score *= 0.3
+        reasons.append("noise without a picture")
+    if float(mask.mean()) < 0.1:
+        score *= 0.7
+        reasons.append(f"small ({float(mask.mean()):.0%} of the picture)")
+    return round(float(np.clip(score, 0, 1)), 3), tuple(reasons)
 
 
-def _fit_box(target: _Target) -> tuple[tuple[float, float, float, float], float]:
-    """The upright rectangle (left, top, right, bottom in widths) that overlaps the target most, and the overlap."""
-    area = target.sure
-    width = area.shape[1]
-    columns, rows = area.mean(0), area.mean(1)
-    xs, ys = np.flatnonzero(columns > 0.5 * columns.max()), np.flatnonzero(rows > 0.5 * rows.max())
-    left, right, top, bottom = xs[0], xs[-1] + 1, ys[0], ys[-1] + 1
-    box = np.zeros_like(area)
-    box[top:bottom, left:right] = True
-    return (left / width, top / width, right / width, bottom / width), target.overlap(box)
+def find_sector(frames: np.ndarray, boxes: Sequence[Box] = (), margin: float = MARGIN) -> Sector:
+    """The scan area of a clip, of all panes where several pictures lie side by side; see `find_panes`."""
+    return join_panes(find_panes(frames, boxes, margin))
 
 
-def _box_mask(box: tuple[float, float, float, float], shape: tuple[int, int], margin: float) -> np.ndarray:
-    width = shape[1]
-    left, top, right, bottom = (value * width for value in box)
-    m = margin * width
-    mask = np.zeros(shape, bool)
-    mask[max(0, round(top - m)) : round(bottom + m), max(0, round(left - m)) : round(right + m)] = True
-    return mask
+def join_panes(panes: Sequence[Sector]) -> Sector:
+    """Several panes as one sector, as sure as the least sure of them."""
+    if len(panes) == 1:
+        return panes[0]
+    least = min(panes, key=lambda pane: pane.confidence)
+    geometries = list(dict.fromkeys(pane.geometry for pane in panes))
+    return replace(
+        least, mask=np.logical_or.reduce([pane.mask for pane in panes]), wide=np.logical_or.reduce([pane.wide for pane in panes]),
+        geometry=geometries[0] if len(geometries) == 1 else "free",
+        moving=sum(pane.moving for pane in panes), reasons=tuple(dict.fromkeys(reason for pane in panes for reason in pane.reasons)),
+    )
 
 
-def find_sector(frames: np.ndarray, boxes: list[tuple[int, int, int, int]] | None = None, margin: float = 0.004) -> Sector:
-    """The scan area of a clip.
+def find_panes(frames: np.ndarray, boxes: Sequence[Box] = (), margin: float = MARGIN) -> list[Sector]:
+    """The scan area of each picture of a clip: one, or several side by side, from left to right.
 
     Args:
         frames: uint8 [T, H, W], T evenly chosen frames (8 to 32 are plenty; 1 for a still).
-        boxes: two-dimensional regions of a DICOM header (left, top, right, bottom in pixels of `frames`): looked at alone.
+        boxes: two-dimensional regions of a DICOM header: looked at alone.
         margin: how far the outline is widened, as a share of the width.
     """
     height, width = frames.shape[1:]
-    inside = np.ones((height, width), bool)
-    if boxes:
-        inside[:] = False
-        for left, top, right, bottom in boxes:
-            inside[top:bottom, left:right] = True
-        frames = np.where(inside, frames, 0)
-    pieces, by_movement = _moving_areas(_shrink(frames, WORK))
-    share = float(sum(piece.mean() for piece in pieces))
-    reasons = []
-    if share < 0.02:
+    view = _View.of(frames)
+    if boxes and _holds(boxes, view, width):
+        return [_find_one(frames, box, margin, trusted=True) for box in _columns(boxes)]
+    column = _split(view)
+    if column is not None:
+        middle = round(column * width / view.mean.shape[1])
+        panes = [_find_one(frames, box, margin) for box in ((0, 0, middle, height), (middle, 0, width, height))]
+        if min(pane.confidence for pane in panes) >= 0.4:
+            return panes
+    return [_find_one(frames, (0, 0, width, height), margin)]
+
+
+def _holds(boxes: Sequence[Box], view: _View, width: int) -> bool:
+    """Whether boxes hold nearly all that moves: some headers keep the regions of a picture that was larger."""
+    moves = solid(view.moves()) > 0
+    inside = np.zeros_like(moves)
+    scale = moves.shape[1] / width
+    for left, top, right, bottom in boxes:
+        inside[int(top * scale) : math.ceil(bottom * scale), int(left * scale) : math.ceil(right * scale)] = True
+    return float((moves & inside).sum()) >= 0.8 * float(moves.sum())
+
+
+def _columns(boxes: Sequence[Box]) -> list[Box]:
+    """Boxes that lie above one another or overlap are one; from left to right."""
+    found: list[Box] = []
+    for box in sorted(boxes):
+        if found and box[0] < found[-1][2]:
+            last = found.pop()
+            box = (last[0], min(last[1], box[1]), max(last[2], box[2]), max(last[3], box[3]))
+        found.append(box)
+    return found
+
+
+def _find_one(frames: np.ndarray, box: Box, margin: float, trusted: bool = False) -> Sector:
+    """The scan area within a box; all of it where nothing is found and the box is `trusted`."""
+    left, top, right, bottom = box
+    part = np.ascontiguousarray(frames[:, top:bottom, left:right])
+    view, mask = _View.of(part), np.zeros(frames.shape[1:], bool)
+    outline, by_movement = _outline(view, part.shape[1:], margin)
+    moving = float(view.moves().mean()) * (mask[top:bottom, left:right].size / mask.size)
+    if outline is None:
+        mask[top:bottom, left:right] = True
         reason = "hardly anything moves" if by_movement else "nothing moves and nothing is bright"
-        return Sector(inside, "free", 0.6 if boxes else 0.0, share, (reason,))
-    area, target = pieces[0], _Target.of(_coarse(pieces[0]))
-    (fan, fan_score), (box, box_score) = _fit_fan(target), _fit_box(target)
-    for piece in pieces[1:]:
-        # A piece beside the largest belongs to the picture if one outline can hold both.
-        both = _Target.of(_coarse(area | piece))
-        (wide_fan, wide_fan_score), (wide_box, wide_box_score) = _fit_fan(both), _fit_box(both)
-        if max(wide_fan_score, wide_box_score) >= max(fan_score, box_score) - 0.04:
-            area, fan, fan_score, box, box_score = area | piece, wide_fan, wide_fan_score, wide_box, wide_box_score
-    # A box has fewer freedoms than a fan; a fan with nearly parallel edges can imitate one.
-    if box_score >= fan_score - 0.02 and box_score > 0.8:
-        geometry, score, mask = "linear", box_score, _box_mask(box, (height, width), margin)
-    elif fan_score > 0.75:
-        opening = (fan.right - fan.left) * fan.near
-        geometry, score = "convex" if opening > 0.08 else "phased", fan_score
-        mask = fan_mask(fan, (height, width), margin)
-    else:
-        geometry, score = "free", min(0.5, max(fan_score, box_score))
-        mask = cv2.resize(area.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR) > 0
-        reasons.append("no outline of a probe fits what moves")
-    mask &= inside
-    if not by_movement:
-        score *= 0.75
-        reasons.append("nothing moves: the area was told by brightness")
-    if share < 0.1:
-        score *= 0.7
-        reasons.append(f"the area is small ({share:.0%} of the picture)")
-    return Sector(mask, geometry, round(float(score), 3), share, tuple(reasons))
+        return Sector(mask, mask, "free", 0.6 if trusted else 0.0, moving, (reason,))
+    flicker = cv2.resize(view.flicker, part.shape[:0:-1], interpolation=cv2.INTER_LINEAR)
+    inside = _without_labels(outline.mask, part, flicker) if by_movement else outline.mask
+    confidence, reasons = _judge(view, inside, outline.score, by_movement, len(frames) > 1)
+    if outline.geometry == "free":
+        reasons = ("no outline of a probe fits", *reasons)
+    mask[top:bottom, left:right] = inside
+    wide = mask.copy()
+    wide[top:bottom, left:right] |= _enlarged(outline.hull, part.shape[1:])
+    return Sector(mask, wide, outline.geometry, confidence, moving, reasons)

@@ -81,9 +81,9 @@ class _Opened:
             self.index = np.load(index, allow_pickle=False)
         except FileNotFoundError as error:
             raise DataError(f"{error.filename}: missing. Run the extract stage again (dvc repro extract).") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{tar}: cannot be read ({error}). Delete it and run the extract stage again.") from None
-        if self.index.dtype != np.int64 or self.index.shape != (row.frames, 2) or row.frames < 1:
+        except Exception as error:  # a damaged index fails in a dozen ways inside NumPy
+            raise DataError(f"{tar}: cannot be read ({str(error)[:200] or type(error).__name__}). Delete it and run the extract stage again.") from None
+        if not isinstance(self.index, np.ndarray) or self.index.dtype != np.int64 or self.index.shape != (row.frames, 2) or row.frames < 1:
             raise DataError(
                 f"{index}: holds {self.index.dtype} {list(self.index.shape)}, the manifest says int64 [{row.frames}, 2]"
             )
@@ -141,7 +141,10 @@ class FrameStore:
         offset, length = (int(value) for value in opened.index[index])
         raw = np.frombuffer(opened.data, np.uint8, length, offset)
         grey = self._rows[video].channels == 1
-        frame = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+        try:
+            frame = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+        except cv2.error:  # a size that OpenCV refuses
+            frame = None
         if frame is None:
             raise DataError(f"{self.folder}: frame {index} of video {video} is damaged. Run the extract stage again.")
         return frame if grey else cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
@@ -149,6 +152,18 @@ class FrameStore:
     def frames(self, video: str, indices: Sequence[int]) -> list[np.ndarray]:
         """Several frames of one video, in the order asked for; see `frame`."""
         return [self.frame(video, int(index)) for index in indices]
+
+    def mask(self, video: str) -> np.ndarray | None:
+        """bool [H, W], what extraction kept of every frame of a video; None where nothing was cut. DataError: missing or damaged."""
+        row = self._rows.get(video)
+        if row is None or row.mask in ("", "kept") or row.mask_share == 1:
+            return None
+        path = self.folder / f"{video}.mask.png"
+        raw = np.frombuffer(path.read_bytes(), np.uint8) if path.is_file() else np.zeros(0, np.uint8)
+        mask = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE) if len(raw) else None
+        if mask is None or mask.shape != (row.stored_height, row.stored_width):
+            raise DataError(f"{path}: missing, damaged or of another size. Run the extract stage again (dvc repro extract).")
+        return mask > 127
 
     def close(self) -> None:
         """Forget all mappings; they close once no array uses them. The store can be used again afterwards."""

@@ -1,0 +1,112 @@
+"""What a person looks at after masking: all masks as a table, a review list to fill in, and sheets of before and after.
+
+The sheets show frames as they were, with whatever is written in them: they stay on this machine and are never sent to tracking.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.data.masking import MaskReport
+from pipeline.files import atomic_write
+
+__all__ = ["write_mask_report"]
+
+Item = tuple[str, str, MaskReport]
+"""Video id, label, and what was found."""
+THUMB, CAPTION, GAP = 160, 16, 6
+COLUMNS, LINES = 4, 8
+MAX_PAGES = 12
+_COLUMNS = ("video", "label", "geometry", "confidence", "share", "action", "panes", "doppler", "grown", "reviewed", "review", "reasons")
+
+
+def write_mask_report(items: Sequence[Item], scratch: Path, folder: Path) -> list[Path]:
+    """Write masks.csv, review.csv and masks_1.png, ... into `folder`; earlier ones are removed, and none are written without masks.
+
+    What a person should look at comes first, the least sure on top; review.csv has empty columns for the decision and is, filled
+    in and kept elsewhere, what `extract.mask.review` reads. scratch: holds `<video>.before.png` and `<video>.outline.png`.
+
+    Returns:
+        Paths of the sheets.
+    """
+    for old in (*folder.glob("masks_*.png"), folder / "masks.csv", folder / "review.csv"):
+        old.unlink(missing_ok=True)
+    if not items:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    unique = {item[0]: item for item in items}
+    items = sorted(unique.values(), key=lambda item: (not item[2].review, item[2].confidence or 0.0, item[0]))
+    page_of = {item[0]: place // (COLUMNS * LINES) + 1 for place, item in enumerate(items)}
+    atomic_write(folder / "masks.csv", _table(_COLUMNS, [_cells(item) for item in items]))
+    wanted = [
+        {**_cells(item), "sheet": f"masks_{page_of[item[0]]}.png" if page_of[item[0]] <= MAX_PAGES else ""} for item in items if item[2].review
+    ]
+    columns = ("video", "decision", "x0", "y0", "x1", "y1", "sheet", "geometry", "confidence", "action", "reasons")
+    atomic_write(folder / "review.csv", _table(columns, wanted))
+    paths = []
+    for page in range(min(MAX_PAGES, -(-len(items) // (COLUMNS * LINES)))):
+        out = io.BytesIO()
+        _page(items[page * COLUMNS * LINES : (page + 1) * COLUMNS * LINES], scratch).save(out, "PNG", optimize=True)
+        paths.append(folder / f"masks_{page + 1}.png")
+        atomic_write(paths[-1], out.getvalue())
+    return paths
+
+
+def _cells(item: Item) -> dict[str, Any]:
+    video, label, report = item
+    reasons = [*report.reasons, *["two pictures side by side"] * (report.panes > 1), *["colour Doppler"] * report.doppler]
+    known = {name: getattr(report, name) for name in ("geometry", "share", "action", "panes", "grown", "reviewed")}
+    confidence = "" if report.confidence is None else report.confidence
+    return {
+        **known, "video": video, "label": label, "confidence": confidence, "doppler": int(report.doppler), "review": int(report.review),
+        "reasons": "; ".join(reasons),
+    }
+
+
+def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> str:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _page(items: Sequence[Item], scratch: Path) -> Image.Image:
+    """One sheet as an RGB picture: for each video the frame with the outline, and what is left of it."""
+    lines = -(-len(items) // COLUMNS)
+    cell_width, cell_height = 2 * THUMB + 2 * GAP, THUMB + CAPTION + GAP
+    page = Image.new("RGB", (COLUMNS * cell_width + GAP, lines * cell_height + GAP), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
+    for place, (video, label, report) in enumerate(items):
+        left, top = GAP + place % COLUMNS * cell_width, GAP + place // COLUMNS * cell_height
+        sure = "" if report.confidence is None else f" {report.confidence:.2f}"
+        text = f"{video} {label[:16] or 'unlabelled'} {report.geometry or report.action}{sure}"
+        draw.text((left, top), text.encode("latin-1", "replace").decode("latin-1"), fill="red" if report.review else "black", font=font)
+        for column, picture in enumerate(_before_and_after(scratch, video)):
+            page.paste(Image.fromarray(picture), (left + column * THUMB, top + CAPTION))
+    return page
+
+
+def _before_and_after(scratch: Path, video: str) -> list[np.ndarray]:
+    """Two RGB thumbnails; none where the pictures are gone."""
+    before, outline = (cv2.imread(str(scratch / f"{video}.{name}.png"), cv2.IMREAD_UNCHANGED) for name in ("before", "outline"))
+    if before is None or outline is None:
+        return []
+    before = cv2.cvtColor(before, cv2.COLOR_GRAY2RGB if before.ndim == 2 else cv2.COLOR_BGR2RGB)
+    scale = THUMB / max(outline.shape)
+    size = max(1, round(outline.shape[1] * scale)), max(1, round(outline.shape[0] * scale))
+    after = before.copy()
+    after[outline == 0] = 0
+    shown = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in (before, after)]
+    small = cv2.resize(outline, size, interpolation=cv2.INTER_NEAREST)
+    edges, _ = cv2.findContours(small, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    shown[0] = cv2.drawContours(np.ascontiguousarray(shown[0]), edges, -1, (0, 255, 0), 1)
+    return shown
