@@ -1,6 +1,6 @@
 """The `sonoscope` command, and `run_stage`, which gives every file of stages/ the same exit codes and error text.
 
-    sonoscope doctor | check | preset [NAME] | data ACTION | compare EXP EXP | export WEIGHTS | embed MEDIA | similar QUERY | sync | ui
+    sonoscope doctor | check | preset [NAME] | inspect FOLDER | data ACTION | compare EXP EXP | export WEIGHTS | embed MEDIA | similar QUERY | sync | ui
     (or: python -m pipeline.cli doctor)
 
 Exit codes: 0 done; 1 a bug of Sonoscope (traceback kept), or `doctor` or `data check` found a problem; 2 a mistake that the message
@@ -142,6 +142,25 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+    from pipeline.data.inspect import inspect_folder
+    from pipeline.data.inspect_report import as_json, as_text, write_inspection
+
+    output, params = Path(arguments.out), Path(arguments.params)
+    inspection = inspect_folder(
+        Path(arguments.folder), labels=arguments.labels, data=load_config(params).data if params.is_file() else None,
+        quick=arguments.quick, workers=arguments.workers, ignore=output,
+    )
+    facts = write_inspection(inspection, output)
+    if arguments.json:
+        print(as_json(facts))
+        return 0
+    print(as_text(facts))
+    print(f"\n{output / 'index.html'} shows it, files.csv lists every file. Both hold file names: keep them where the videos are.")
+    return 0
+
+
 def _embed(arguments: argparse.Namespace) -> int:
     from pipeline.embed import embed, open_encoder
 
@@ -180,7 +199,7 @@ def _data(arguments: argparse.Namespace) -> int:
     elif arguments.action == "check":
         text, good = datasets.check_dataset(arguments.name, arguments.path, arguments.variant)
         print(text)
-        return 0 if good else EXIT_BUG
+        return 0 if good else 1
     elif arguments.action == "prepare":
         print(datasets.prepare_dataset(arguments.name, arguments.path, arguments.out, arguments.variant))
     else:
@@ -247,6 +266,24 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     similar.set_defaults(run=_similar)
 
 
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-command `inspect`."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in a folder of videos, and everything that is wrong with it",
+        description="Looks at every frame of every file and at the labels table, before anything is computed. Writes index.html, files.csv "
+        "and summary.json. Finding something is no failure: the exit code stays 0.",
+    )
+    inspect.add_argument("folder", metavar="FOLDER")
+    inspect.add_argument("--labels", default="auto", help="auto, none, or a table in the folder (default: auto)")
+    inspect.add_argument("--out", default="inspection", help="folder to write (default: inspection)")
+    inspect.add_argument("--quick", action="store_true", help="read headers only: no frozen, black or double clips")
+    inspect.add_argument("--workers", type=_count, help="processes (default: one a core)")
+    inspect.add_argument("--json", action="store_true", help="print the summary as JSON")
+    inspect.add_argument("--params", default="params.yaml", help="its section data, if the file is there, is used to read labels")
+    inspect.set_defaults(run=_inspect)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sonoscope",
@@ -300,6 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     ui.set_defaults(run=_ui)
 
     _add_features(commands)
+    _add_inspect(commands)
     _add_data(commands)
 
     for command in (check, preset, ui):

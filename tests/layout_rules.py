@@ -33,11 +33,12 @@ ORDER = """
     tracking_store
     tracking_courier
     tracking
+    data.limits
     data.dicom data.pool data.trouble data.outline data.thinning
     data.sector
     data.masking
     data.video data.manifest data.mask_report
-    data.store data.labels
+    data.store data.labels data.probe
     data.contact_sheet data.frame_labels
     data.extract
     data.recipes.base
@@ -46,6 +47,8 @@ ORDER = """
     data.anatomy
     data.synthetic
     data.duplicates data.folds data.given_splits data.grouping
+    data.inspect
+    data.inspect_report
     data.splits
     data.split_report
     data.photometry
@@ -107,11 +110,15 @@ UNTRACKED = {
     "config": "checks; every value stands in params.yaml, whose keys are tracked (test_params__*)",
     "cli": "prints errors",
     "datasets": "reached through cli only",
+    "data.inspect": "reached through cli only",
+    "data.inspect_report": "reached through cli only",
+    "data.probe": "reached through cli only",
     "doctor": "reached through cli only",
     "embed": "reached through cli only",
     "machine": "reached through cli only",
     "presets": "reached through cli only",
     "retrieval": "reached through cli only",
+    "data.limits": "ends processes that hang or want too much; a file is read the same or not at all",
     "data.pool": "starts processes; the store has the same bytes with any number",
     "launch": "starts processes; their number changes no sample",
     "reproducibility": "seeds from parameters",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-__all__ = ["KINDS", "SEVERITIES", "Finding", "FrameWatch", "Kind", "check_cuts", "check_frames", "check_picture", "check_times", "tint"]
+__all__ = ["KINDS", "REPEAT", "SEVERITIES", "Finding", "FrameWatch", "Kind", "check_cuts", "check_frames", "check_picture", "check_times", "tint"]
 
 SEVERITIES = ("error", "warning", "note")
 SIDE = 150
