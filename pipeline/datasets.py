@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +18,68 @@ from pipeline.presets import as_word
 
 __all__ = ["check_dataset", "fetch_dataset", "list_datasets", "prepare_dataset", "run_words", "show_dataset"]
 
+_KINDS = {"video": "videos", "image": "images", "frames": "frame folders"}
+
 
 def list_datasets() -> str:
     """One line a recipe: name, how it is had, what it is."""
     ways = {name: "fetch" if name == "pocus" else "own" if name == "folder" else "ask" for name in RECIPES}
-    return "\n".join(f"{name:<10} {ways[name]:<6} {item.about}" for name, item in RECIPES.items()) + (
-        "\n\nfetch: 'sonoscope data fetch NAME' gets it; ask: it prints what to sign and where; own: your files. 'sonoscope data show NAME' says more."
-    )
+    lines = [f"{name:<10} {ways[name]:<6} {item.about}" for name, item in RECIPES.items()]
+    lines += ["", "'sonoscope data fetch NAME' gets it (fetch), or says what to sign and where (ask); 'sonoscope data show NAME' says more."]
+    return "\n".join(lines)
 
 
 def show_dataset(name: str) -> str:
     """Everything a recipe knows, as text."""
     item = recipe(name)
-    counts = [
-        " ".join(filter(None, (f"{expect.number} {expect.what}", expect.label, expect.split))) for expect in item.expected(Scan(Path()), next(iter(item.variants), ""))
-    ] or [" ".join(filter(None, (f"{expect.number} {expect.what}", expect.label, expect.split))) for expect in item.published]
+    counts = item.published or item.expected(Scan(Path()), next(iter(item.variants), ""))
     facts = {
-        "what": item.about, "cite": item.citation, "licence": item.licence, "get it": "\n".join(item.obtain), "layout": item.layout.strip("\n"),
-        "labels": item.labels, "patients": item.patients, "counts": ", ".join(counts) or "none published that could be checked",
+        "what": item.about, "cite": item.citation, "licence": item.licence, "get it": "\n".join(item.obtain),
+        "layout": item.layout.strip("\n"), "labels": item.labels, "patients": item.patients,
+        "counts": ", ".join(" ".join(filter(None, (f"{one.number} {one.what}", one.label, one.split))) for one in counts) or "none to compare with",
         "variants": "\n".join(f"{key}: {text}" for key, text in item.variants.items()), "unsure": item.certainty,
-        "settings": " ".join(f"{key}={as_word(value)}" for key, value in item.settings.items()),
+        "settings": " ".join(f"{key}={as_word(value)}" for key, value in item.settings.items()), "presets": ", ".join(item.presets),
     }
     lines = [f"{item.name}: {item.title}"]
     for key, text in facts.items():
-        if text:
-            lines += [f"  {key + ':' if not number else '':<10} {line}" for number, line in enumerate(text.splitlines())]
+        lines += [f"  {key + ':' if not number else '':<10} {line}" for number, line in enumerate(text.splitlines())]
     return "\n".join(lines)
 
 
-def _summary(item: Recipe, scan: Scan, path: Path) -> list[str]:
+@dataclass(frozen=True)
+class _Examined:
+    """A copy compared with its recipe."""
+
+    recipe: Recipe
+    scan: Scan
+    deviations: list[str]
+    text: str
+
+
+def _examine(name: str, path: Path, variant: str) -> _Examined:
+    item = recipe(name)
+    scan = item.scan(path, variant)
+    deviations = item.check(scan, variant)
     kinds = Counter(row.kind for row in scan.rows)
     labels = Counter(row.label or "unlabelled" for row in scan.rows)
     patients = len({row.patient for row in scan.rows} - {""})
-    words = {"video": "videos", "image": "images", "frames": "frame folders"}
-    lines = [f"{path}: {item.title}" + (f" ({scan.form})" if scan.form else "")]
-    lines.append("  " + ", ".join(f"{kinds[kind]} {word}" for kind, word in words.items() if kinds[kind]) + f"; {patients or 'no'} patients named")
+    media = ", ".join(f"{kinds[kind]} {word}" for kind, word in _KINDS.items() if kinds[kind])
+    lines = [f"{path}: {item.title}" + (f" ({scan.form})" if scan.form else ""), f"  {media}; {patients or 'no'} patients named"]
     lines.append("  " + ", ".join(f"{count} {label}" for label, count in sorted(labels.items())))
-    return [*lines, *(f"  note: {note}" for note in scan.notes)]
+    lines += [f"  note: {note}" for note in listing(scan.notes)]
+    if deviations:
+        lines.append(f"{len(deviations)} deviation{'s' if len(deviations) > 1 else ''} from layout or published counts:")
+        lines += [f"  {line}" for line in listing(deviations)]
+    else:
+        counted = len(item.expected(scan, variant or next(iter(item.variants), "")))
+        lines.append(f"as published ({counted} counts compared)" if counted else "the layout is right; there are no counts to compare with")
+    return _Examined(item, scan, deviations, "\n".join(lines))
 
 
 def check_dataset(name: str, path: Path, variant: str = "") -> tuple[str, bool]:
     """Compare a copy with its recipe: the text, and whether nothing deviates."""
-    item = recipe(name)
-    scan = item.scan(path, variant)
-    deviations = item.check(scan, variant)
-    lines = _summary(item, scan, path)
-    if deviations:
-        lines += [f"{len(deviations)} deviation{'s' if len(deviations) > 1 else ''} from what is published:", *(f"  {line}" for line in listing(deviations))]
-    else:
-        counted = item.expected(scan, variant or next(iter(item.variants), ""))
-        lines.append(f"as published ({len(counted)} counts compared)" if counted else "nothing contradicts the layout; no published counts to compare with")
-    return "\n".join(lines), not deviations
+    done = _examine(name, path, variant)
+    return done.text, not done.deviations
 
 
 def run_words(settings: dict[str, Any]) -> str:
@@ -77,13 +89,14 @@ def run_words(settings: dict[str, Any]) -> str:
 
 def prepare_dataset(name: str, path: Path, out: Path | None = None, variant: str = "") -> str:
     """Check a copy, write what the pipeline reads of it (into data/recipes/NAME by default), and say how to run it."""
-    text, _ = check_dataset(name, path, variant)
-    item = recipe(name)
-    scan = item.scan(path, variant)
-    done = prepare(item, scan, out or Path("data/recipes", name))
-    lines = [text, f"written: {', '.join(map(str, done.files))}; no file of the data set was copied or changed"]
+    found = _examine(name, path, variant)
+    done = prepare(found.recipe, found.scan, out or Path("data/recipes", name))
+    lines = [found.text, f"written: {', '.join(map(str, done.files))}; no file of the data set was copied or changed"]
     if done.changed:
         lines.append("an earlier table or split was replaced, which DVC does not see: run 'dvc repro -f extract split' once")
+    if found.recipe.presets:
+        presets = ", ".join(f"$(sonoscope preset {one})" for one in found.recipe.presets)
+        lines.append(f"made for it, to stand right behind 'dvc exp run': {presets}")
     return "\n".join([*lines, "run it with:", "", run_words(done.settings)])
 
 

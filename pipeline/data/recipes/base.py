@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -142,18 +143,21 @@ class Recipe:
             allowed = ", ".join(self.variants) or "none, the recipe has no variants"
             raise DataError(f"{self.name}: unknown variant '{variant}'. Allowed: {allowed}.")
         if not Path(path).is_dir():
-            raise DataError(
-                f"{path}: the folder does not exist. Give the folder that holds {self.title}; 'sonoscope data fetch {self.name}' says how to get it."
-            )
-        scan = self.read(Path(path), chosen)
+            raise DataError(f"{path}: the folder does not exist; 'sonoscope data fetch {self.name}' says how to get {self.title}")
+        try:
+            scan = self.read(Path(path), chosen)
+        except OSError as error:
+            raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
         if not scan.rows:
             raise self.foreign(Path(path))
-        odd = [row for row in scan.rows if "\\" in row.path or row.path != row.path.strip()]
-        scan.deviations += [f"wrong: {row.path} has a name that no table can hold (control letter, backslash, blank at an end); rename it" for row in odd]
-        scan.rows = [row for row in scan.rows if row not in odd]
-        order = [row.path for row in scan.rows]
-        twice = sorted({path for path in order if order.count(path) > 1}) if len(set(order)) < len(order) else []
-        scan.deviations += [f"wrong: {path} is listed twice" for path in twice]
+        rule = "no table can hold its name (control letter, backslash, blank at an end); rename it"
+        scan.deviations += [f"wrong: {row.path}: {rule}" for row in scan.rows if not _fits_a_table(row.path)]
+        scan.rows = [row for row in scan.rows if _fits_a_table(row.path)]
+        times = Counter(row.path for row in scan.rows)
+        scan.deviations += [f"wrong: {path} is listed {number} times" for path, number in times.items() if number > 1]
+        # Names and cells come from outside; escape sequences in them would reach the terminal.
+        for lines in (scan.deviations, scan.notes):
+            lines[:] = [_CONTROL.sub("?", line) for line in lines]
         scan.rows = sorted({row.path: row for row in reversed(scan.rows)}.values(), key=lambda row: row.path)
         return scan
 
@@ -173,6 +177,10 @@ class Recipe:
         more = f" and {len(there) - 8} more" if len(there) > 8 else ""
         tree = "\n".join(f"    {line}" for line in self.layout.strip("\n").splitlines())
         return DataError(f"{root}: not the layout of {self.title}. Expected:\n{tree}\n  Found: {', '.join(there[:8]) or 'nothing'}{more}.")
+
+
+def _fits_a_table(path: str) -> bool:
+    return "\\" not in path and path == path.strip()
 
 
 def listing(lines: list[str], shown: int = SHOWN) -> list[str]:
@@ -213,7 +221,7 @@ def media_below(root: Path, prefix: str = "", named: Iterable[str] = (), notes: 
     """The media of `root` whose path begins with `prefix`, by path; what was left out (links, other files) goes into `notes`."""
     survey = find_media(root, set(named))
     if notes is not None:
-        notes += [note for note in survey.notes if note.split()[1] == "links"]
+        notes += [note for note in survey.notes if "links lead out" in note]
     return {item.path: item for item in survey.media if item.path.startswith(prefix)}
 
 
@@ -293,5 +301,5 @@ def read_table(
                 rows.append(TableRow(where, kept))
     except csv.Error as error:
         raise DataError(f"{name} line {reader.line_num + 1}: not CSV ({error})") from None
-    raise_all(f"{root / name}", problems)
+    raise_all(str(root / name), problems)
     return rows

@@ -9,7 +9,16 @@ from pipeline.data.labels import read_labelled_media
 from pipeline.data.recipes.base import Recipe, Row, Scan
 from pipeline.data.recipes.endoscopy import CHOLEC80, POLYPDIAG, POLYPSSET
 from pipeline.data.recipes.lung import POCUS
-from pipeline.data.recipes.sonography import BUSI, BUTTERFLY, CLUST, GBCU, GBUSV, LIVER, LUSMS, US4
+from pipeline.data.recipes.sonography import (
+    BUSI,
+    BUTTERFLY,
+    CLUST,
+    GBCU,
+    GBUSV,
+    LIVER,
+    LUSMS,
+    US4,
+)
 from pipeline.errors import DataError
 from pipeline.parameters import DataParams
 from pipeline.registry import did_you_mean
@@ -47,5 +56,6 @@ RECIPES = {item.name: item for item in (
 def recipe(name: str) -> Recipe:
     """The recipe of that name; DataError naming the nearest one if there is none."""
     if name not in RECIPES:
-        raise DataError(f"data set '{name}': no recipe of that name.{did_you_mean(name, RECIPES)} Known: {', '.join(RECIPES)}. 'folder' reads any folder.")
+        near = did_you_mean(name, RECIPES)
+        raise DataError(f"data set '{name}': no recipe of that name.{near} Known: {', '.join(RECIPES)}. 'folder' reads any folder.")
     return RECIPES[name]

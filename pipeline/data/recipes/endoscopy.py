@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
 
 from pipeline.data.frame_labels import read_frame_labels
-from pipeline.data.recipes.base import Expect, Recipe, Row, Scan, below, inside, media_below, read_table
+from pipeline.data.recipes.base import (
+    Expect,
+    Recipe,
+    Row,
+    Scan,
+    below,
+    inside,
+    media_below,
+    read_table,
+)
 from pipeline.errors import DataError
 
 __all__ = ["CHOLEC80", "PHASES", "POLYPDIAG", "POLYPSSET", "TOOLS"]
@@ -70,8 +79,8 @@ class _Cholec80(Recipe):
         try:
             with open(inside(root, shown), encoding="utf-8-sig") as handle:
                 header = handle.readline(_MAX_XML).split()
-        except (DataError, UnicodeDecodeError) as error:
-            scan.deviations.append(f"missing: {error}" if isinstance(error, DataError) else f"wrong: {shown}: not UTF-8 text")
+        except (DataError, OSError, UnicodeDecodeError) as error:
+            scan.deviations.append(f"missing: {error}" if isinstance(error, DataError) else f"wrong: {shown}: cannot be read as UTF-8 text")
         else:
             if header != ["Frame", *TOOLS]:
                 scan.deviations.append(f"wrong: {shown}: header {' '.join(header)[:200]}; expected Frame {' '.join(TOOLS)}")
@@ -130,13 +139,9 @@ class _PolypsSet(Recipe):
             for name in names:
                 picture = f"{path}/{name}" if name else path
                 labels |= self._boxes(scan, root, picture)
-            label = labels.pop() if len(labels) == 1 else ""
-            if len(labels) > 1:
-                scan.notes.append(f"{path} shows {' and '.join(sorted(labels))} and stays unlabelled")
-            sequence = rest[1] if len(rest) > 2 or item.kind == "frames" else ""
-            scan.rows.append(Row(
-                path, item.kind, label, f"{part}/{sequence}" if sequence else "", _POLYP_SPLITS[part], len(names) if item.kind == "frames" else 0,
-            ))
+            label = next(iter(labels)) if len(labels) == 1 else ""
+            patient = f"{part}/{rest[1]}" if len(rest) > 2 or item.kind == "frames" else ""
+            scan.rows.append(Row(path, item.kind, label, patient, _POLYP_SPLITS[part], len(names) if item.kind == "frames" else 0))
         without = sum(not row.label for row in scan.rows)
         if without:
             scan.notes.append(f"{without} of {len(scan.rows)} rows have no box, or boxes of both kinds, and stay unlabelled")
@@ -194,9 +199,9 @@ class _PolypDiag(Recipe):
 
     def read(self, root: Path, variant: str) -> Scan:
         prefix = below(root, "videos", "splits")
-        lists = {} if prefix is None else {
-            split: file for split, file in _DIAG_LISTS for file in (f"{prefix}splits/{file}.txt", f"{prefix}splits/{file}.csv") if (root / file).is_file()}
-        if "train" not in lists:
+        files = [(split, f"{prefix}splits/{name}.{ending}") for split, name in _DIAG_LISTS for ending in ("txt", "csv")]
+        lists = {split: file for split, file in files if (root / file).is_file()}
+        if prefix is None or "train" not in lists:
             raise self.foreign(root)
         scan = Scan(root)
         media = media_below(root, f"{prefix}videos/", notes=scan.notes)
@@ -225,7 +230,10 @@ POLYPDIAG = _PolypDiag(
     about="Colonoscopy clips labelled with or without polyp, as Endo-FM prepares them.",
     citation="Tian et al. 2022, MICCAI (contrastive transformer for polyp frames); Wang et al. 2023 (Endo-FM)",
     licence="not stated; its sources (Hyper-Kvasir, LDPolypVideo) have terms of their own",
-    obtain=("the links stand on github.com/openmedlab/Endo-FM and github.com/tianyu0207/weakly-polyp", "give the folder that holds videos and splits"),
+    obtain=(
+        "the links stand on github.com/openmedlab/Endo-FM and github.com/tianyu0207/weakly-polyp",
+        "unpack it; give the folder that holds videos and splits",
+    ),
     layout="videos/clip_0001.mp4 ...\nsplits/train.txt, val.txt, test.txt     lines clip_0001.mp4,0   (or .csv)",
     labels="0 or 1 of the lists, as they are",
     patients="unknown: every clip counts as one patient",

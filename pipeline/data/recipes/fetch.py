@@ -12,7 +12,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.data.recipes.lung import UPSTREAM_FOLDERS, UPSTREAM_REVISION, UPSTREAM_TABLE, UPSTREAM_URL
+from pipeline.data.recipes.lung import (
+    UPSTREAM_FOLDERS,
+    UPSTREAM_REVISION,
+    UPSTREAM_TABLE,
+    UPSTREAM_URL,
+)
 from pipeline.errors import DataError
 
 __all__ = ["fetch_pocus"]
@@ -30,10 +35,13 @@ def _git(folder: Path, *words: str) -> str:
     command = ["git", *(word for setting in _CAREFUL for word in ("-c", setting)), *words]
     unwanted = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
     environment = {key: value for key, value in os.environ.items() if key not in unwanted} | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise DataError(f"{folder}: git {words[0]} failed: {said[-1] if said else 'no message'}. What has arrived is kept: run the same command again.")
+        last = said[-1] if said else "no message"
+        raise DataError(f"{folder}: git {words[0]} failed: {last}. What has arrived is kept: run the same command again.")
     return done.stdout
 
 

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.recipes.base import Expect, Recipe, Row, Scan, below, inside, media_below, read_table
+from pipeline.data.recipes.base import (
+    Expect,
+    Recipe,
+    Row,
+    Scan,
+    below,
+    inside,
+    media_below,
+    read_table,
+)
 from pipeline.data.video import Media
 from pipeline.errors import DataError
 from pipeline.files import read_json
@@ -24,6 +33,8 @@ UPSTREAM_FOLDERS = ("data/pocus_videos/convex", "data/pocus_videos/linear", "dat
 _TABLES = {"videos.csv": "video", "images.csv": "image"}
 _EXTRA = ("probe", "source", "licence")
 _LABELS = {"covid": "covid", "bacterial": "pneumonia", "viral": "viral", "regular": "regular", "healthy": "regular"}
+_SELECTION = {"covid": 19, "pneumonia": 37, "regular": 56, "viral": 4, "uncertain": 1}
+_CLASSES = {"data.classes": ["covid", "pneumonia", "regular"]}
 _FRAME_OF_VIDEO = re.compile(r".+\.(gif|mp4|mov|avi|mpe?g)_frame\d+", re.IGNORECASE)
 # In the newest upstream table these two rows are shifted by one column: the age, 40, stands in the patient column.
 _SHIFTED = {"Reg_liftl_pneucase3_clip1": "7", "Reg_liftl_case3_clip2": "7"}
@@ -65,7 +76,7 @@ def _read_selection(root: Path) -> Scan:
     scan.deviations += [f"surplus: {path} stands in no table" for path in media if path not in listed]
     scan.deviations += [f"missing: {path} (cv_reference.json)" for path in folds if path not in listed]
     if folds:
-        scan.settings = {"data.include": {"probe": ["convex"]}, "data.media": "video", "data.classes": ["covid", "pneumonia", "regular"]}
+        scan.settings = {"data.include": {"probe": ["convex"]}, "data.media": "video"}
     return scan
 
 
@@ -135,7 +146,8 @@ def _upstream_row(media: Media, stem: str, entries: list[Mapping[str, str]], sca
     number = _SHIFTED.get(stem) or cells.get("Patient ID / Name", "")
     licence = cells.get("License", "")
     probe = next((name for name in ("convex", "linear") if name in PurePosixPath(media.path.casefold()).parts), "")
-    extra = {"probe": probe, "licence": "" if licence.casefold() in ("none", "n.a.") else licence, "severity": cells.get("Lung Severity Score", "")}
+    licence = "" if licence.casefold() in ("none", "n.a.") else licence
+    extra = {"probe": probe, "licence": licence, "severity": cells.get("Lung Severity Score", "")}
     patient = "" if number.casefold() in ("", "nd", "n/a", "na") else f"upstream-{number}"
     return Row(media.path, media.kind, labels.pop() if len(labels) == 1 else "", patient, extra=extra)
 
@@ -164,12 +176,13 @@ images/linear/*.png ...              data/pocus_images/convex/*.jpg ...
 """,
     labels="column label (selection), or column Label of dataset_metadata.csv: covid, pneumonia (bacterial), viral, regular, uncertain",
     patients="selection: column patient_id, groups joined by evidence. Upstream: its own numbers, known to divide one person into several",
+    settings=_CLASSES,
     presets=("pocus", "pocus_cpu", "pocus_methods"),
     certainty="selection: confirmed on the files. Upstream: counts are not checked, because its README (October 2020: 162 convex and 20 "
     "linear videos, 59 images) counts files the repository does not hold; the pinned revision was taken from a stored copy of its README",
     published=(
         Expect("videos", 96), Expect("images", 21), Expect("patients", 45),
-        *(Expect("files", number, label) for label, number in (("covid", 19), ("pneumonia", 37), ("regular", 56), ("viral", 4), ("uncertain", 1))),
+        *(Expect("files", number, label) for label, number in _SELECTION.items()),
         *(Expect("videos", number, split=f"fold {fold}") for fold, number in enumerate((17, 19, 18, 16, 19))),
     ),
 )

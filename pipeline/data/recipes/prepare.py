@@ -60,10 +60,10 @@ def prepare(recipe: Recipe, scan: Scan, out: Path) -> Prepared:
     if out.resolve().is_relative_to(scan.root.resolve()):
         raise DataError(f"--out {out}: lies in the data set's own folder; choose another one, so that the data stay as they came")
     extra = list(dict.fromkeys(name for row in scan.rows for name in row.extra))
-    table = _table(
-        ["path", "label", "patient", "split", "kind", "dataset", *extra],
-        ([row.path, row.label, row.patient, row.split, row.kind, recipe.name, *(row.extra.get(name, "") for name in extra)] for row in scan.rows),
+    cells = (
+        [row.path, row.label, row.patient, row.split, row.kind, recipe.name, *(row.extra.get(name, "") for name in extra)] for row in scan.rows
     )
+    table = _table(["path", "label", "patient", "split", "kind", "dataset", *extra], cells)
     folds = official_folds(recipe, scan.rows)
     written: dict[Path, str] = {}
     try:

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.data.recipes.base import Expect, Recipe, Row, Scan, below, media_below, read_table
+from pipeline.data.recipes.base import (
+    Expect,
+    Recipe,
+    Row,
+    Scan,
+    below,
+    media_below,
+    read_table,
+)
 from pipeline.data.video import Media
 
 __all__ = ["BUSI", "BUTTERFLY", "CLUST", "GBCU", "GBUSV", "LIVER", "LUSMS", "US4"]
@@ -55,6 +63,9 @@ class _Flat(Recipe):
         return scan
 
 
+_VARIANTS = {"merged": "the twelve classes of the publication", "parts": "the labels of each part"}
+
+
 def _flat(
     name: str, title: str, about: str, videos: int, frames: int, prefixes: Mapping[str, Mapping[str, str]], obtain: tuple[str, ...],
     certainty: str, licence: str = "not stated; ask its authors before you hand anything on", citation: str = "",
@@ -69,7 +80,7 @@ def _flat(
             f"{start} {label}" for start, label in next(iter(prefixes.values())).items()),
         patients="unknown: every video counts as one patient, so clips of one person may lie on both sides of a fold",
         published=(Expect("videos", videos), Expect("frames", frames)), settings=_BY_VIDEO,
-        variants={key: "labels of each part" if key == "parts" else "the twelve classes of the publication" for key in prefixes} if len(prefixes) > 1 else {},
+        variants={key: text for key, text in _VARIANTS.items() if key in prefixes},
     )
 
 
@@ -103,7 +114,7 @@ LIVER = _flat(
 US4 = _flat(
     "us4", "US-4", "The four parts butterfly, clust, lusms and liver in one folder.", 1051, 23231,
     {"merged": _MERGED, "parts": _BUTTERFLY | _CLUST | _LIVER | _LUSMS}, (_USCL, _LOCAL),
-    "videos come from the published program, frames from a secondary page. The parts are sometimes handed on in folders of their own; both are read",
+    "videos come from the published program, frames from a secondary page. Parts in folders of their own are read, too",
 )
 
 
@@ -118,7 +129,7 @@ class _Gbusv(Recipe):
             label = next((_GB_FOLDERS[part] for part in folders if part in _GB_FOLDERS), "")
             scan.rows.append(Row(media.path, media.kind, label, frames=frames))
         if not any(row.label for row in scan.rows):
-            scan.notes.append("no class folders (malignant, non-malignant): the videos serve pretraining only, with data.labels none or this table")
+            scan.notes.append("no class folders (malignant, non-malignant): the videos serve pretraining only")
         return scan
 
     def expected(self, scan: Scan, variant: str) -> tuple[Expect, ...]:
@@ -127,12 +138,14 @@ class _Gbusv(Recipe):
             classes: tuple[Expect, ...] = (Expect("videos", 59, "malignant"), Expect("videos", 32, "non-malignant"))
         else:
             whole = (Expect("videos", 64), Expect("frames", 15800))
-            classes = tuple(Expect(what, number, label) for what, number, label in (
-                ("videos", 32, "malignant"), ("videos", 32, "non-malignant"), ("frames", 12251, "malignant"), ("frames", 3549, "non-malignant")))
+            malignant, other = ((Expect("videos", 32, label), Expect("frames", frames, label)) for label, frames in _GB_FRAMES.items())
+            classes = malignant + other
         return whole + (classes if any(row.label for row in scan.rows) else ())
 
 
-_GB_FOLDERS = {"malignant": "malignant", "mal": "malignant"} | dict.fromkeys(("non-malignant", "nonmalignant", "benign", "ben"), "non-malignant")
+_GB_FRAMES = {"malignant": 12251, "non-malignant": 3549}
+_GB_OTHER = ("non-malignant", "nonmalignant", "benign", "ben")
+_GB_FOLDERS = dict.fromkeys(("malignant", "mal"), "malignant") | dict.fromkeys(_GB_OTHER, "non-malignant")
 _GB_CITATION = "Basu et al. 2022, {}"
 _GB_AGREEMENT = (
     "print and sign the licence agreement on {page}",
@@ -165,7 +178,8 @@ class _Gbcu(Recipe):
             raise self.foreign(root)
         scan, classes = Scan(root), ("normal", "benign", "malignant")
         tables = {split: read_table(root, f"{prefix}{split}.txt", ("file", "class"), "file", ("file", "class")) for split in ("train", "test")}
-        media = media_below(root, f"{prefix}imgs/", notes=scan.notes, named=[f"{prefix}imgs/{row.cells['file']}" for rows in tables.values() for row in rows])
+        named = [f"{prefix}imgs/{row.cells['file']}" for rows in tables.values() for row in rows]
+        media = media_below(root, f"{prefix}imgs/", named, scan.notes)
         met: dict[str, str] = {}
         for split, rows in tables.items():
             for row in rows:
