@@ -86,10 +86,10 @@ class DataParams(Section):
 class MaskParams(Section):
     """What is made black outside the scan area before anything is stored, and what happens where that is not sure."""
 
-    mode: Literal["sector", "off"] = "off"
-    """`sector` finds the scan area of each video from what moves (and from DICOM regions); `off` keeps frames as they are.
+    mode: Literal["sector", "none"] = "none"
+    """`sector` finds the scan area of each video from what moves (and from DICOM regions); `none` keeps frames as they are.
 
-    params.yaml turns it on; off is what a file or an encoder's card without this section means."""
+    params.yaml turns it on; none is what a file or an encoder's card without this section means."""
     min_confidence: float = Field(0.9, ge=0, le=1)
     """Masks below this go to the review list, and `low_confidence` says what is done with the video."""
     low_confidence: Literal["wide", "mask", "keep", "exclude"] = "wide"

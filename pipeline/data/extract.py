@@ -26,6 +26,7 @@ from pipeline.data.contact_sheet import write_contact_sheets
 from pipeline.data.dicom import is_dicom, read_identity
 from pipeline.data.frame_labels import cut_videos
 from pipeline.data.labels import LabelledMedia, read_labelled_media
+from pipeline.data.limits import watched
 from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
 from pipeline.data.mask_report import write_mask_report
 from pipeline.data.masking import (
@@ -104,7 +105,7 @@ def extraction_fingerprint(params: ExtractParams) -> str:
     """16 hex digits over all that decides the stored bytes: parameters, format, the code that reads, and OpenCV's version."""
     names = ["video.py", "dicom.py", "trouble.py", "thinning.py", "store.py"]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
-    if params.mask.mode != "off":
+    if params.mask.mode != "none":
         names += ["outline.py", "sector.py", "masking.py"]
         # A decision of the review counts for its video alone, see `_reuse`.
         decisive["mask"] = params.mask.model_dump(exclude={"review"})
@@ -118,9 +119,10 @@ def extract_one(task: Task) -> Extracted:
     started = time.process_time()
     try:
         result.sha256 = content_hash(task.media)
-        _identify(task, result)
-        if not _reuse(task, result):
-            _extract(task, result)
+        with watched():
+            _identify(task, result)
+            if not _reuse(task, result):
+                _extract(task, result)
     except DataError as error:
         result.reason = str(error).removeprefix(f"{task.media.path}: ")
     except OSError as error:
@@ -178,7 +180,7 @@ def _reuse(task: Task, result: Extracted) -> bool:
         facts = Facts(**record["facts"])
         same_rate = facts.fps_source not in ("table", "assumed", "none") or record["table_fps"] == task.table_fps
         decision = decision_for(task.decisions, task.media.path, result.video)
-        if task.params.mask.mode != "off":
+        if task.params.mask.mode != "none":
             if record["decision"] != _plain(decision):
                 return False
             result.mask = MaskReport(**record["mask"])
@@ -351,7 +353,7 @@ def extract_media(
     Raises:
         DataError: nothing can be written any more.
     """
-    decisions = read_review(Path(params.mask.review)) if params.mask.review and params.mask.mode != "off" else {}
+    decisions = read_review(Path(params.mask.review)) if params.mask.review and params.mask.mode != "none" else {}
     tasks = [Task(item, params, found.labels[item.path].fps, scratch, key, decisions) for item in found.media]
     wanted = usable_cores() if params.workers == "auto" else max(1, params.workers)
     results = _extract_all(tasks, min(wanted, len(tasks)))

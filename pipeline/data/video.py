@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_of
+from pipeline.data.limits import tick
 from pipeline.data.masking import Decision, Masker
 from pipeline.data.thinning import Thinner
 from pipeline.data.trouble import KINDS, FrameWatch
@@ -245,6 +246,7 @@ class _Container:
         self.fps = float(fps) if math.isfinite(fps) and 1 <= fps <= 1000 else None
 
     def grab(self) -> bool:
+        tick()
         return self.capture.grab()
 
     def retrieve(self) -> np.ndarray:
@@ -268,6 +270,7 @@ class _Stills:
         self.fps: float | None = None
 
     def grab(self) -> bool:
+        tick()
         self._next += 1
         return self._next <= len(self._files)
 
@@ -286,13 +289,21 @@ class _Stills:
         if mode.startswith(("I", "F")):
             _note(self._warnings, "more than 8 bits a pixel: only the upper 8 are kept")
         raw = np.fromfile(path, np.uint8)
-        frame = cv2.imdecode(raw, cv2.IMREAD_COLOR)
+        frame = None if _overruns(raw) else cv2.imdecode(raw, cv2.IMREAD_COLOR)
         if frame is None or not _is_whole(path, raw):
             raise DataError(f"{name}: the image cannot be decoded (damaged or cut off)")
         return frame
 
     def close(self) -> None:
         self._files = []
+
+
+def _overruns(raw: np.ndarray) -> bool:
+    """Whether a PNG declares a part longer than the file; OpenCV takes that much memory before it looks."""
+    place = 8 if raw[:4].tobytes() == b"\x89PNG" else len(raw)
+    while place < len(raw):
+        place += 12 + int.from_bytes(raw[place: place + 4].tobytes(), "big")
+    return place > len(raw) + 12
 
 
 def _is_whole(path: Path, raw: np.ndarray) -> bool:
@@ -407,7 +418,7 @@ class MediaReader:
     def _read(self, frames: _Frames) -> Iterator[bytes]:
         thinner: Thinner[_Cell] | None = Thinner(self.params.max_frames) if self.params.max_frames is not None else None
         waiting: list[_Cell] | None = None
-        if self.params.mask.mode != "off":
+        if self.params.mask.mode != "none":
             boxes = [(box.left, box.top, box.right, box.bottom) for box in getattr(frames, "regions", ()) if box.spatial_format == 1]
             self.masker, waiting = Masker(self.params.mask, self.media.path, boxes, self._decision), []
         for frame in self._chosen(frames, thinner):

@@ -81,7 +81,8 @@ def find_weights(target: Path) -> Weights:
 
 def input_facts(config: Config, augmentation: AugmentationParams) -> dict[str, Any]:
     """How frames become network inputs, as it goes into a card: extraction's steps and those without random views."""
-    without = {"color", "short_side", "on_error", "workers", "max_pixels", "frames_per_second", "max_frames"}
+    without: dict[str, Any] = dict.fromkeys(("color", "short_side", "on_error", "workers", "max_pixels", "frames_per_second", "max_frames"), True)
+    without["mask"] = {"review"}
     return {
         "color": config.extract.color, "stored_short_side": config.extract.short_side, "resize": augmentation.resize,
         "working_size": working_size(augmentation, config.pretrain.image_size), "normalization": augmentation.normalization,

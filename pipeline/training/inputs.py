@@ -65,14 +65,15 @@ class PretrainInputs:
 def _pretrain_fingerprint(config: Config, videos: Sequence[VideoRef], targets: Sequence[str]) -> str:
     """Everything that determines the encoder; not the fold number, so that folds which see the same videos share it."""
     pretrain = config.pretrain.model_dump(mode="json", exclude={"scope", "sources", "monitor", "memory_budget_mb", "checkpoint_seconds"})
-    extract = config.extract.model_dump(mode="json", exclude={"workers", "on_error"})
+    extract = config.extract.model_dump(mode="json", exclude={"workers": True, "on_error": True, "mask": {"review"}})
     code = code_digest(
         f"methods/{config.pretrain.method}.py", "methods/base.py", "losses.py", "losses_baselines.py", "losses_msn.py", "models/catalog.py", "models/backbones.py", "models/vit.py", "models/published.py", "models/levels.py", "models/heads.py",
         "models/momentum.py", "models/patches.py", "data/clips.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py",
         "distributed.py", "training/optim.py", "training/pretrain.py",
     )
     weights = hash_file(Path(config.pretrain.init)) if Path(config.pretrain.init).is_file() else config.pretrain.init
-    content = [(ref.row.video, ref.row.frames, ref.row.sha256) for ref in videos]
+    # The size of the stored frames tells masks of the same file apart, which a person's review may have changed.
+    content = [(ref.row.video, ref.row.frames, ref.row.sha256, ref.row.bytes, ref.row.mask_share) for ref in videos]
     return fingerprint(pretrain, config.method_params, extract, config.launch.device, code, weights, content, targets)
 
 
