@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.limits import tick
 from pipeline.errors import DataError
 
 __all__ = ["DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames", "stream_of"]
@@ -127,8 +128,9 @@ def _refuse_bomb(path: Path, pydicom: Any) -> None:
     with open(path, "rb") as handle:
         handle.seek(144 + int(meta.get("FileMetaInformationGroupLength", 0)))
         inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        while chunk := handle.read(1 << 16):
-            while chunk:
+        while not inflater.eof and (chunk := handle.read(1 << 16)):
+            # What follows the end of the stream is never consumed, so its end is asked for each time.
+            while chunk and not inflater.eof:
                 total += len(inflater.decompress(chunk, 1 << 20))
                 chunk = inflater.unconsumed_tail
                 if total > MAX_INFLATED:
@@ -313,6 +315,7 @@ class DicomFrames:
 
     def grab(self) -> bool:
         """Decode the next frame; False at the end."""
+        tick()
         with _named(self._shown, "a frame cannot be decoded"):
             self._frame = next(self._source, None)
         return self._frame is not None
@@ -339,6 +342,10 @@ def stream_of(path: Path, shown: str) -> Path | None:
         fragments = _pydicom("pydicom.encaps").generate_fragments(whole.PixelData)
         next(fragments)  # the basic offset table
         with tempfile.NamedTemporaryFile(prefix="sonoscope-", suffix=".stream", delete=False) as out:
-            for fragment in fragments:
-                out.write(fragment)
+            try:
+                for fragment in fragments:
+                    out.write(fragment)
+            except BaseException:
+                Path(out.name).unlink()  # pictures of a patient must not stay behind
+                raise
     return Path(out.name)
