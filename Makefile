@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lock check-lock clean
+.PHONY: help install demo test fuzz lock check-lock clean
 
 # Relative, so that the folder's own path may contain blanks.
 VENV := .venv
@@ -18,6 +18,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 help:
 	@echo "make demo        install, run the whole pipeline on the embedded data, say where the report is"
 	@echo "make test        install, run the tests"
+	@echo "make fuzz        install, give CASES=20000 damaged files (SEED=0) to every reader"
 	@echo "make install     make .venv with the locked packages (PYTHON=... chooses the interpreter, 3.10 to 3.13)"
 	@echo "make lock        compile the locks anew from pyproject.toml (needs the network)"
 	@echo "make check-lock  check that the locks satisfy pyproject.toml (offline)"
@@ -78,6 +79,9 @@ demo: install
 
 test: install
 	@$(WITH_VENV) $(RUN) -m pytest -q
+
+fuzz: install
+	@$(WITH_VENV) $(RUN) tests/fuzz_readers.py --cases $(or $(CASES),20000) --seed $(or $(SEED),0)
 
 lock: $(RUN)
 	@$(PIP) install --quiet uv

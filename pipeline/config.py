@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -59,6 +60,17 @@ def _valid_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
 
 
+# A few lines of YAML with aliases can stand for a value whose text would fill all memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxlong = 3, 300, 300, 12, 12, 60
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in messages."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def _allowed(problem: Mapping[str, Any]) -> str:
     """The `what is allowed` half of one pydantic problem."""
     context = problem.get("ctx", {})
@@ -83,10 +95,10 @@ def _problems(model: type[Section], values: Any, prefix: tuple[str, ...] = ()) -
                 known = _valid_keys(model, location)
                 near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
                 hint = f" Did you mean '{near[0]}'?" if near else ""
-                lines[key] = f"{key}: unknown key (value {problem['input']!r}).{hint} Allowed here: {', '.join(known)}"
+                lines[key] = f"{key}: unknown key (value {_shown(problem['input'])}).{hint} Allowed here: {', '.join(known)}"
             else:
                 # Our own validators say themselves what they got; the input of one over several keys is the whole block.
-                found = "" if problem["type"] in ("missing", "value_error") else f"got {problem['input']!r}; "
+                found = "" if problem["type"] in ("missing", "value_error") else f"got {_shown(problem['input'])}; "
                 text = f"{found}{_allowed(problem)}"
                 lines[key] = f"{lines[key]}, or {_allowed(problem)}" if key in lines else f"{key}: {text}"
         return None, list(lines.values())

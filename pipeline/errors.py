@@ -6,9 +6,19 @@ Every message names the key or file, what was found, what is allowed, and what t
 
 from __future__ import annotations
 
+from unicodedata import category
+
+LONGEST_LINE = 3000
+"""Characters of one line of a message; file names and lists of names have room in it."""
+
 
 class PipelineError(Exception):
     """Base of all errors that a user can mend. `stages/*` print it without a traceback and exit with 2."""
+
+    def __str__(self) -> str:
+        # Messages quote names and cells of foreign files, which must neither steer the terminal nor fill it.
+        text = "".join(letter if category(letter) not in ("Cc", "Cf") or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in super().__str__())
+        return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in text.split("\n"))
 
 
 class ConfigError(PipelineError):

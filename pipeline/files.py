@@ -9,13 +9,17 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["alone_in", "atomic_write", "copy_into", "hash_bytes", "hash_file", "project_root", "read_json", "scratch_folder", "write_curves", "write_json"]
+__all__ = [
+    "alone_in", "atomic_write", "copy_into", "hash_bytes", "hash_file", "is_odd", "leads_out", "project_root", "read_json", "scratch_folder",
+    "write_curves", "write_json",
+]
 
 
 def project_root() -> Path:
@@ -109,6 +113,20 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse one UTF-8 JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def leads_out(path: Path, home: Path) -> bool:
+    """Whether a link leads out of the folder `home`. One that leads in a circle does not; opening it says so."""
+    return os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(home)
+
+
+def is_odd(path: Path) -> bool:
+    """Whether this is a pipe, device or socket, on which a reader would wait for ever. What cannot be told is not odd."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def hash_bytes(*parts: bytes | str) -> str:

@@ -17,12 +17,14 @@ from typing import TypeVar
 
 import cv2
 
+from pipeline.data.limits import STALL_SECONDS, limit_process
+
 __all__ = ["CRASHED", "run_isolated", "usable_cores"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-CRASHED = "reading it ended the decoding process (crash or out of memory)"
+CRASHED = f"reading it ended the decoding process (crash, out of memory, or no frame within {STALL_SECONDS} seconds)"
 
 
 def usable_cores() -> int:
@@ -31,8 +33,9 @@ def usable_cores() -> int:
 
 
 def _start_worker() -> None:
-    """Set up a worker: one thread, a silent end on Ctrl-C, and no life after the parent's death."""
+    """Set up a worker: one thread, limits, a silent end on Ctrl-C, and no life after the parent's death."""
     cv2.setNumThreads(1)
+    limit_process()
     # A job in the background of a shell ignores Ctrl-C as a whole; its workers must not die of it alone.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
