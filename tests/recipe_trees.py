@@ -46,7 +46,7 @@ def us4(root: Path, picture: Path) -> None:
 
 
 def gbusv(root: Path, picture: Path) -> None:
-    for folder, videos, frames in (("malignant", 32, 12251), ("non-malignant", 32, 3549)):
+    for folder, videos, frames in (("malignant", 32, 96), ("non-malignant", 32, 64)):
         flat(root / folder, picture, [f"{folder}_"], videos, frames, "{number:05d}.jpg")
 
 
@@ -143,7 +143,7 @@ TREES: dict[str, Callable[[Path, Path], None]] = {
 SMALL = {
     "polypsset": tuple(Expect("frames", number, split=split) for split, number in (("train", 3), ("validation", 4), ("test", 4))),
     **{name: (Expect("videos", videos), Expect("frames", frames)) for name, videos, frames in (
-        ("lusms", 670, 1400), ("liver", 296, 600), ("us4", 1051, 3659))},
+        ("lusms", 670, 1400), ("liver", 296, 600), ("us4", 1051, 3659), ("gbusv", 64, 160))},
 }
 
 

@@ -17,6 +17,7 @@ from pipeline import datasets
 from pipeline.cli import main
 from pipeline.config import load_config
 from pipeline.data.extract import extract_source
+from pipeline.data.labels import read_labelled_media
 from pipeline.data.manifest import Manifest
 from pipeline.data.recipes.base import Recipe, Row
 from pipeline.data.recipes.catalog import recipe
@@ -26,6 +27,7 @@ from pipeline.data.recipes.lung import UPSTREAM_FOLDERS, UPSTREAM_REVISION
 from pipeline.data.recipes.prepare import official_folds, prepare
 from pipeline.data.splits import Splits, make_splits
 from pipeline.errors import DataError
+from pipeline.parameters import DataParams
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,6 +75,16 @@ def run_stages(item: Recipe, root: Path, project: Path, monkeypatch: pytest.Monk
     extract_source("main", config, project / "data" / "frames" / "main", project / "reports")
     manifest = Manifest.read(project / "data" / "frames" / "main" / "manifest.csv")
     return manifest, make_splits(manifest, config)
+
+
+def test_stages__the_real_clips_are_read_as_the_reference_split_has_them(shared: Path, tmp_path: Path) -> None:
+    item = recipe("pocus")
+    done = prepare(item, item.scan(shared / "data" / "pocus"), tmp_path)
+    data = {key.removeprefix("data."): value for key, value in done.settings.items() if key.startswith("data.")}
+    found = read_labelled_media("main", DataParams(**data))
+    tested = [path for fold in json.loads((tmp_path / "split.json").read_text(encoding="utf-8"))["folds"] for path in fold["test_paths"]]
+    classes = set(data["classes"])
+    assert sorted(tested) == sorted(path for path, label in found.labels.items() if label.label in classes) and len(tested) == 89
 
 
 def test_stages__read_what_prepare_wrote_of_pocus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def test_recipe__counts_are_those_published() -> None:
     }
     assert [item.number for item in recipe("polypsset").published] == [28773, 4254, 4872]
     assert [item.number for item in recipe("busi").published] == [437, 210, 133]
+    assert [item.number for item in recipe("gbusv").published] == [64, 15800, 32, 32, 12251, 3549]
 
 
 def test_docs__name_every_recipe() -> None:
@@ -283,3 +285,40 @@ def test_scan__links_out_and_odd_names(tmp_path: Path, picture: Path) -> None:
     done = prepare(recipe("butterfly"), scan, tmp_path / "out")
     with open(done.files[0], encoding="utf-8", newline="") as handle:
         assert [row["path"] for row in csv.DictReader(handle)] == [row.path for row in scan.rows]
+
+
+def selection(root: Path, picture: Path) -> None:
+    """The smallest POCUS selection."""
+    put(picture, root / "videos" / "a.mp4")
+    header = "path,label,patient_id,probe,source,licence\n"
+    write(root / "videos.csv", header + "videos/a.mp4,covid,p1,convex,x,CC\n")
+    write(root / "images.csv", header)
+    write(root / "cv_reference.json", '{"folds": [{"test_paths": ["videos/a.mp4"]}]}')
+
+
+def damaged(raw: bytes, rng: random.Random) -> bytes:
+    """Cut off, changed, replaced, or with something planted in it."""
+    planted = rng.choice([b"\0", b'"', b"\n", b",", b"..", b"\x1b[31m", b"9" * 5000, b"[" * 60, b"\xff\xfe"])
+    place = rng.randrange(len(raw) + 1)
+    return rng.choice([raw[:place], raw[:place] + planted + raw[place:], raw[:place] + rng.randbytes(9) + raw[place + 9:], rng.randbytes(place), b""])
+
+
+@pytest.mark.parametrize("name", ["pocus", "polypdiag", "polypsset"])
+def test_scan__damaged_tables_are_errors_or_deviations(name: str, tmp_path: Path, picture: Path) -> None:
+    """Seeded damage to every table and annotation; nothing but a DataError, and no escape sequence in what is said."""
+    if name == "pocus":
+        selection(tmp_path / "tree", picture)
+    root = tmp_path / "tree" if name == "pocus" else built(name, tmp_path, picture)
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".csv", ".txt", ".json", ".xml"))
+    rng, refused = random.Random(0), 0
+    for _ in range(100):
+        path = rng.choice(files)
+        raw = path.read_bytes()
+        path.write_bytes(damaged(raw, rng))
+        try:
+            said = "\n".join(recipe(name).check(recipe(name).scan(root)))
+        except DataError as error:
+            said, refused = str(error), refused + 1
+        assert "\x1b" not in said
+        path.write_bytes(raw)
+    assert refused or name == "polypsset"

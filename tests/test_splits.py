@@ -305,6 +305,7 @@ def test_split_file__mistakes_are_named(tmp_path: Path, change: Any, message: st
     ("text", "message"),
     [
         ("{", "not readable JSON"),
+        ('{"folds": ' + "9" * 5000 + "}", "not readable JSON|must look like"),
         ("[]", "must look like"),
         ('{"folds": [1, 2, 3]}', "needs one of the keys test"),
         ('{"folds": [{"test": "a"}, {}, {}]}', "must be a list of paths"),

@@ -9,7 +9,6 @@ pseudonym.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -189,7 +188,7 @@ def read_given_split(path: Path, folds: int) -> GivenSplit:
         raw = read_json(path)
     except FileNotFoundError:
         raise DataError(f"split.file: {path} not found; the path is relative to the project folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
         raise DataError(f"split.file: {path} is not readable JSON ({error})") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("folds"), list):
         raise DataError(f'split.file: {path} must look like {{"folds": [{{"test": ["path or id", ...]}}, ...]}}')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def _reference_folds(root: Path, scan: Scan) -> dict[str, str]:
     try:
         folds = read_json(inside(root, "cv_reference.json"))["folds"]
         listed = [(path, number) for number, fold in enumerate(folds) for path in fold["test_paths"]]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise DataError('cv_reference.json: must look like {"folds": [{"test_paths": [...]}, ...]}; remove it to have folds drawn') from None
     if not all(isinstance(path, str) for path, _ in listed):
         raise DataError("cv_reference.json: test_paths must be paths; remove the file to have folds drawn")

@@ -133,17 +133,12 @@ class _Gbusv(Recipe):
         return scan
 
     def expected(self, scan: Scan, variant: str) -> tuple[Expect, ...]:
-        if variant == "extended":
-            whole: tuple[Expect, ...] = (Expect("videos", 91),)
-            classes: tuple[Expect, ...] = (Expect("videos", 59, "malignant"), Expect("videos", 32, "non-malignant"))
-        else:
-            whole = (Expect("videos", 64), Expect("frames", 15800))
-            malignant, other = ((Expect("videos", 32, label), Expect("frames", frames, label)) for label, frames in _GB_FRAMES.items())
-            classes = malignant + other
-        return whole + (classes if any(row.label for row in scan.rows) else ())
+        counts = _GB_EXTENDED if variant == "extended" else self.published
+        named = any(row.label for row in scan.rows)
+        return tuple(expect for expect in counts if named or not expect.label)
 
 
-_GB_FRAMES = {"malignant": 12251, "non-malignant": 3549}
+_GB_EXTENDED = (Expect("videos", 91), Expect("videos", 59, "malignant"), Expect("videos", 32, "non-malignant"))
 _GB_OTHER = ("non-malignant", "nonmalignant", "benign", "ben")
 _GB_FOLDERS = dict.fromkeys(("malignant", "mal"), "malignant") | dict.fromkeys(_GB_OTHER, "non-malignant")
 _GB_CITATION = "Basu et al. 2022, {}"
@@ -164,6 +159,10 @@ GBUSV = _Gbusv(
     patients="unknown: every video counts as one patient (the page does not say how many patients there are)",
     certainty="layout: from the publication's program; how the archive names the class of a video was not seen",
     presets=("ucl_official_gb",),
+    published=(
+        Expect("videos", 64), Expect("frames", 15800), Expect("videos", 32, "malignant"), Expect("videos", 32, "non-malignant"),
+        Expect("frames", 12251, "malignant"), Expect("frames", 3549, "non-malignant"),
+    ),
     settings=_BY_VIDEO, variants={"2022": "64 videos", "extended": "91 videos (2024)"},
 )
 
