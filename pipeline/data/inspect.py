@@ -24,7 +24,7 @@ from pipeline.data.limits import watched
 from pipeline.data.manifest import pseudonym
 from pipeline.data.pool import CRASHED, run_isolated, usable_cores
 from pipeline.data.probe import Header, read_header
-from pipeline.data.trouble import KINDS, REPEAT, Finding, FrameWatch, check_cuts, check_frames, check_picture, check_times, tint
+from pipeline.data.trouble import CUT_TURN, KINDS, REPEAT, Finding, FrameWatch, check_cuts, check_frames, check_picture, check_times, detail, tint, turn
 from pipeline.data.video import Media, content_hash
 from pipeline.errors import DataError
 from pipeline.files import hash_file
@@ -40,9 +40,9 @@ SHORT = 32
 """Only clips with fewer frames are held against what the methods need."""
 FOLDS = 5
 _KNOWN = ("DICOMDIR", "Thumbs.db")
-PURE, PURE_FILES, GAIN = 0.999, 8, 0.15
-"""A shortcut: a property whose files (at least so many) are all of one class, or by which classes are told this much better than
-by guessing."""
+PURE, PURE_FILES, GAIN = 0.85, 5, 0.15
+"""A shortcut: a property whose files (at least so many, of several patients) are nearly all of one class, or by which classes
+are told this much better than by guessing."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,9 @@ class _ClipWatch(FrameWatch):
         """Take the next frame, uint8 grey or BGR, and its presentation time."""
         index = len(self.levels)
         self.see(frame)
-        small = cv2.resize(self._before, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
-        small -= small.mean()
+        small = detail(self.grid)
         if self._small is not None:
-            scale = float(np.sqrt((small**2).sum() * (self._small**2).sum()))
-            self.turns.append(1 - float((small * self._small).sum()) / scale if scale > 0 else 0.0)
+            self.turns.append(turn(small, self._small))
         self._small = small
         self.sizes.add((frame.shape[1], frame.shape[0]))
         if milliseconds is not None:
@@ -139,7 +137,7 @@ class _ClipWatch(FrameWatch):
             self.tints.append(tint(frame))
         if "dark" not in self.told or self.levels[-1] < self.levels[self.told["dark"][0]]:
             self.told["dark"] = index, _shrink(frame, THUMB)
-        jump = self._last is not None and self.turns[-1] > 0.2
+        jump = self._last is not None and self.turns[-1] > CUT_TURN
         if jump and ("after" not in self.told or self.steps[-1] > self.steps[self.told["after"][0] - 1]):
             self.told |= {"before": (index - 1, _shrink(self._last, THUMB)), "after": (index, _shrink(frame, THUMB))}
         self._last = frame
@@ -212,11 +210,10 @@ def _decode(report: FileReport, frames: object) -> None:
         report.repeated = float((steps < REPEAT).mean()) if len(steps) else None
         found += check_frames(levels, steps) + check_cuts(levels, steps, np.asarray(watch.turns)) + check_times(watch.times)
     report.pictures = _pictures(report, watch)
-    if len(watch.copies) >= FRAMES or report.kind == "image":
-        count = FRAMES if report.kind != "image" else 1
-        chosen = [watch.copies[int((place + 0.5) * len(watch.copies) / count)][1] for place in range(count)]
-        if len({copy.shape[:2] for copy in chosen}) == 1:
-            report.print = print_video(report.path, [copy if copy.ndim == 2 else copy[:, :, 1] for copy in chosen])
+    count = FRAMES if report.frames > 1 else 1
+    chosen = [watch.copies[int((place + 0.5) * len(watch.copies) / count)][1] for place in range(count)]
+    if len(watch.sizes) == 1:
+        report.print = print_video(report.path, [copy if copy.ndim == 2 else copy[:, :, 1] for copy in chosen])
 
 
 def _pictures(report: FileReport, watch: _ClipWatch) -> list[tuple[int, bytes]]:
@@ -427,19 +424,26 @@ def shortcuts(files: Sequence[FileReport]) -> list[Finding]:
         if len(set(values)) < 2:
             continue
         score, chance = _guessed(known, values), 1 / len(classes)
-        groups: dict[str, list[str]] = defaultdict(list)
-        for report, value in zip(known, values, strict=True):
-            groups[value].append(report.label)
-        pure = [
-            (len(labels), value, labels[0]) for value, labels in groups.items()
-            if len(labels) >= PURE_FILES and len(set(labels)) == 1 and classes[labels[0]] < 0.9 * len(known)
-        ]
+        pure = sorted(_one_sided(known, values, classes), reverse=True)
         if score < chance + GAIN and not pure:
             continue
-        said = "; ".join(f"all {count} with {value} are {label}" for count, value, label in sorted(pure, reverse=True)[:3])
+        said = "; ".join(f"{f'all {size}' if own == size else f'{own} of {size}'} with {value} are {label}" for own, size, value, label in pure[:3])
         text = f"{name} alone tells {100 * score:.0f} % of the classes right (guessing: {100 * chance:.0f} %)"
         found.append(Finding("shortcut", text + (f"; {said}" if said else "")))
     return found
+
+
+def _one_sided(files: Sequence[FileReport], values: Sequence[str], classes: Counter[str]) -> Iterable[tuple[int, int, str, str]]:
+    """Groups that share a property and nearly always a class: files of that class, files, property, class."""
+    groups: dict[str, list[FileReport]] = defaultdict(list)
+    for report, value in zip(files, values, strict=True):
+        groups[value].append(report)
+    for value, group in groups.items():
+        label, own = Counter(report.label for report in group).most_common(1)[0]
+        several = len({report.patient or report.path for report in group}) > 1
+        # A class that nearly everything belongs to is no surprise.
+        if len(group) >= PURE_FILES and several and own >= max(PURE, 1.2 * classes[label] / len(files)) * len(group):
+            yield own, len(group), value, label
 
 
 def _properties(files: Sequence[FileReport]) -> dict[str, list[str]]:

@@ -32,7 +32,10 @@ _EXTENSIONS = {
     "mp4": ".mp4 .m4v .mov .3gp .3g2", "avi": ".avi", "gif": ".gif", "matroska": ".mkv .webm", "mpeg": ".mpeg .mpg .mpe .vob .m2v .dat",
     "asf": ".wmv .asf", "flv": ".flv", "ogg": ".ogv .ogg", "jpeg": ".jpg .jpeg .jpe .jfif", "png": ".png", "bmp": ".bmp", "tiff": ".tif .tiff",
 }
-_SOUND = {"mp4": re.compile(rb"hdlr.{8}soun", re.DOTALL), "avi": re.compile(rb"strh.{4}auds", re.DOTALL), "mpeg": re.compile(rb"\x00\x00\x01[\xc0-\xdf]")}
+_SOUND = {
+    "mp4": re.compile(rb"hdlr.{8}soun", re.DOTALL), "avi": re.compile(rb"strh.{4}auds", re.DOTALL),
+    "mpeg": re.compile(rb"\x00\x00\x01[\xc0-\xdf]"),
+}
 _READ = {"avi": 1 << 16, "mpeg": 1 << 20}
 """Bytes from the start in which a sound track shows itself."""
 _MOOV = 1 << 26

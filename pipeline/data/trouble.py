@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-__all__ = ["KINDS", "REPEAT", "SEVERITIES", "Finding", "FrameWatch", "Kind", "check_cuts", "check_frames", "check_picture", "check_times", "tint"]
+__all__ = [
+    "CUT_TURN", "KINDS", "REPEAT", "SEVERITIES", "Finding", "FrameWatch", "Kind", "check_cuts", "check_frames", "check_picture", "check_times", "detail",
+    "tint", "turn",
+]
 
 SEVERITIES = ("error", "warning", "note")
 SIDE = 150
@@ -21,12 +24,15 @@ SIDE = 150
 REPEAT = 0.5
 """Mean difference, in grey levels, below which two neighbours show one picture: repeats are re-encoded, so never equal."""
 MANY_REPEATS = 0.25
+STATIC, PUMPING = 0.85, 2.0
+"""A clip is one picture if so many neighbours are equal and the rest differ by less: encoders refresh a picture now and then."""
 BLACK = 3.0
 """Mean grey level of a frame taken off the skin or before the picture starts; text and rulers may still stand in it."""
-CUT_STEP = 4.0
-"""A cut changes the picture this many times more than the clip's usual change between different frames ..."""
-CUT_TURN = 0.35
-"""... and leaves so little likeness (1 - correlation). Clips that freeze and jump reach 3.3 times and 0.31, cuts 8.6 and 0.56."""
+CUT_STEP, CUT_NEAR = 2.8, 6
+"""A cut changes the picture this many times more than any change among so many neighbours and the clip's usual change ..."""
+CUT_TURN = 0.3
+"""... and leaves so little likeness (1 - correlation of the detail). The two real cuts reach 4.2 times and 0.59; fast probes, and
+clips that freeze and jump, 2.1 times where likeness is lost at all (0.1), and 1.8 times where it is lost as much (0.28 and more)."""
 UNEVEN = 0.15
 """Spread of the gaps between frames (5th to 95th percentile over the median); 0.02 or less where times are rounded."""
 TINTED = 3.0
@@ -69,7 +75,7 @@ KINDS: dict[str, Kind] = {
     "black-end": Kind("warning", "black lead-out", "cut it off if there are many"),
     "black-inside": Kind("warning", "nearly black frames inside", "probe off the skin; cut them out if there are many"),
     "size-changes": Kind("warning", "frame size changes inside", "all frames are resized to the first; split it if it is two recordings"),
-    "variable-rate": Kind("warning", "variable frame rate", "distances in frames are no distances in time; convert to a constant rate if that matters"),
+    "variable-rate": Kind("warning", "variable frame rate", "distances in frames are no distances in time; convert it if that matters"),
     "no-rate": Kind("warning", "frame rate unknown", "add a column fps to the labels table"),
     "tiny": Kind("warning", "tiny picture", "look whether it is a thumbnail"),
     "huge": Kind("note", "huge picture", "extract.short_side shrinks it; look whether it is a full screen"),
@@ -110,18 +116,19 @@ class FrameWatch:
 
     def __init__(self) -> None:
         self.levels, self.steps = array("f"), array("f")
-        self._before: np.ndarray | None = None
+        self.grid: np.ndarray | None = None
+        """Every so many pixels of the last frame."""
 
     def see(self, frame: np.ndarray) -> None:
         """Take the next frame, uint8 [H, W] or [H, W, 3] (its middle channel counts)."""
         stride = max(1, min(frame.shape[:2]) // SIDE)
         grid = np.ascontiguousarray(frame[::stride, ::stride] if frame.ndim == 2 else frame[::stride, ::stride, 1])
         self.levels.append(cv2.mean(grid)[0])
-        before = self._before
+        before = self.grid
         if before is not None:
             same_size = before.shape == grid.shape
             self.steps.append(cv2.norm(grid, before, cv2.NORM_L1) / grid.size if same_size else 255.0)
-        self._before = grid
+        self.grid = grid
 
     def findings(self) -> list[Finding]:
         """What the frames seen so far show."""
@@ -138,7 +145,7 @@ def check_frames(levels: np.ndarray, steps: np.ndarray) -> list[Finding]:
     dark = levels < min(BLACK, max(0.5 * float(np.median(levels)), 1.0))
     if float(np.median(levels)) < 1.0:
         return [Finding("black", f"{count} frames, mean grey level {float(np.mean(levels)):.1f}", count // 2)]
-    if repeated == 1.0:
+    if repeated >= STATIC and float(steps.max()) < PUMPING:
         found.append(Finding("static", f"all {count} frames show one picture", 0))
     elif repeated >= MANY_REPEATS:
         jumps = steps[steps >= REPEAT]
@@ -161,19 +168,34 @@ def check_cuts(levels: np.ndarray, steps: np.ndarray, turns: np.ndarray) -> list
     """Hard cuts: a change far beyond the clip's usual one that leaves no likeness, between two frames that are not black.
 
     Args:
-        levels: [T] mean grey levels. steps: [T-1] differences of neighbours. turns: [T-1] 1 - correlation of small copies.
+        levels: [T] mean grey levels. steps: [T-1] differences of neighbours. turns: [T-1] `turn` of neighbours.
     """
     moving = steps[steps >= REPEAT]
-    if len(moving) < 2:
-        # One change in a frozen clip is a change of slides.
-        moving = np.full(1, REPEAT)
-    usual = float(np.median(moving))
+    # One change in a frozen clip is a change of slides.
+    usual = float(np.median(moving)) if len(moving) > 1 else REPEAT
     lit = np.minimum(levels[:-1], levels[1:]) >= BLACK
-    places = np.flatnonzero((steps > CUT_STEP * usual) & (turns > CUT_TURN) & lit) + 1
-    if not len(places):
+    places = []
+    for place in np.flatnonzero((steps > CUT_STEP * usual) & (turns > CUT_TURN) & lit).tolist():
+        near = np.concatenate([steps[max(0, place - CUT_NEAR): place], steps[place + 1: place + 1 + CUT_NEAR]])
+        if steps[place] > CUT_STEP * near.max(initial=0.0):
+            places.append(place + 1)
+    if not places:
         return []
     shown = ", ".join(str(place) for place in places[:5]) + (", ..." if len(places) > 5 else "")
     return [Finding("cut", f"at frame{'s' if len(places) > 1 else ''} {shown} of {len(levels)}", int(places[0]))]
+
+
+def detail(frame: np.ndarray) -> np.ndarray:
+    """A small copy, float32 [32, 32], of a grey frame without its broad shading: the sector's outline is no likeness."""
+    small = cv2.resize(frame, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small -= cv2.GaussianBlur(small, (0, 0), 2)
+    return small - small.mean()
+
+
+def turn(first: np.ndarray, second: np.ndarray) -> float:
+    """1 - correlation of two `detail`s; 0 where one of them is empty."""
+    scale = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return 1 - float((first * second).sum()) / scale if scale > 0 else 0.0
 
 
 def check_times(milliseconds: Sequence[float]) -> list[Finding]:
