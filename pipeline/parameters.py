@@ -90,7 +90,7 @@ class MaskParams(Section):
     """`sector` finds the scan area of each video from what moves (and from DICOM regions); `none` keeps frames as they are.
 
     params.yaml turns it on; none is what a file or an encoder's card without this section means."""
-    min_confidence: float = Field(0.9, ge=0, le=1)
+    min_confidence: float = Field(0.92, ge=0, le=1)
     """Masks below this go to the review list, and `low_confidence` says what is done with the video."""
     low_confidence: Literal["wide", "mask", "keep", "exclude"] = "wide"
     """`wide`: black outside the hull of everything that may belong to the picture; `mask`: the doubtful mask; `keep`: nothing is cut."""

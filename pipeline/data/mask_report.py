@@ -46,9 +46,8 @@ def write_mask_report(items: Sequence[Item], scratch: Path, folder: Path) -> lis
     items = sorted(unique.values(), key=lambda item: (not item[2].review, item[2].confidence or 0.0, item[0]))
     page_of = {item[0]: place // (COLUMNS * LINES) + 1 for place, item in enumerate(items)}
     atomic_write(folder / "masks.csv", _table(_COLUMNS, [_cells(item) for item in items]))
-    wanted = [
-        {**_cells(item), "sheet": f"masks_{page_of[item[0]]}.png" if page_of[item[0]] <= MAX_PAGES else ""} for item in items if item[2].review
-    ]
+    sheets = {video: f"masks_{page}.png" for video, page in page_of.items() if page <= MAX_PAGES}
+    wanted = [{**_cells(item), "sheet": sheets.get(item[0], "")} for item in items if item[2].review]
     columns = ("video", "decision", "x0", "y0", "x1", "y1", "sheet", "geometry", "confidence", "action", "reasons")
     atomic_write(folder / "review.csv", _table(columns, wanted))
     paths = []

@@ -85,7 +85,8 @@ def read_review(path: Path) -> dict[str, Decision]:
             continue
         where = f"extract.mask.review: {path}: row {number}"
         if action not in _DECISIONS or not names:
-            raise ConfigError(f"{where}: decision {action!r} for {names or 'nothing'}; allowed: {', '.join(_DECISIONS)}, for a path or video")
+            whom = names or "nothing"
+            raise ConfigError(f"{where}: decision {action!r} for {whom}; allowed: {', '.join(_DECISIONS)}, for a path or video")
         try:
             box = tuple(int(row.get(column) or "") for column in ("x0", "y0", "x1", "y1")) if action == "box" else None
         except ValueError:
@@ -117,7 +118,8 @@ def is_doppler(pictures: np.ndarray, mask: np.ndarray) -> bool:
     # What a tint (sepia, blue) adds is a share of the brightness, the same everywhere.
     bright = grey > 20
     tint = np.median(inside[bright] / grey[bright][:, None], axis=0) if bright.any() else np.ones(3)
-    strong = np.abs(inside - grey[..., None] * tint).max(2) > 45
+    # White has lost its tint, so it takes colour of its own as well.
+    strong = (np.abs(inside - grey[..., None] * tint).max(2) > 45) & (np.ptp(inside, axis=2) > 60)
     share = float(strong.any(0).mean())
     if not 0.004 < share < 0.5:
         return False
@@ -223,7 +225,8 @@ class Masker:
         self.report.share = round(float(mask.mean()), 4)
         if mask.all():
             return
-        self._written = cv2.dilate((grey.min(0) > 20).astype(np.uint8), np.ones((5, 5), np.uint8)) | cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8))
+        written = cv2.dilate((grey.min(0) > 20).astype(np.uint8), np.ones((5, 5), np.uint8))
+        self._written = written | cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8))
         for frame in grey:
             self._watch(frame)
         self.mask = self.outline

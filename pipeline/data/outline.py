@@ -41,11 +41,13 @@ class Fan:
 
 def hull(area: np.ndarray) -> np.ndarray:
     """Convex hull of a bool picture."""
-    hull = np.zeros(area.shape, np.uint8)
-    points = cv2.findNonZero(area.astype(np.uint8))
-    if points is not None:
-        cv2.fillConvexPoly(hull, cv2.convexHull(points), 1)
-    return hull > 0
+    filled = np.zeros(area.shape, np.uint8)
+    rows = np.flatnonzero(area.any(1))
+    if len(rows):
+        first, last = area[rows].argmax(1), area.shape[1] - 1 - area[rows, ::-1].argmax(1)
+        ends = np.concatenate([np.stack([first, rows], 1), np.stack([last, rows], 1)]).astype(np.int32)
+        cv2.fillConvexPoly(filled, cv2.convexHull(ends), 1)
+    return filled > 0
 
 
 def fan_mask(fan: Fan, shape: tuple[int, int], margin: float = 0.0) -> np.ndarray:
@@ -177,8 +179,8 @@ def _climb(target: _Target, values: np.ndarray, size: float, smallest: float) ->
 def fit_fan(area: np.ndarray) -> tuple[Fan, float]:
     """The fan that agrees best with an area (bool [h, w]), and its overlap."""
     rough = _Target(_coarse(area, FIT // 2))
-    starts = [_climb(rough, start, 1.0, 0.2) for start in _start_fans(rough.sure)]
-    values, _ = max(starts, key=lambda found: found[1])
+    starts = sorted(_start_fans(rough.sure), key=rough.fan, reverse=True)[:2]
+    values, _ = max((_climb(rough, start, 1.0, 0.2) for start in starts), key=lambda found: found[1])
     fine = _Target(_coarse(area, FIT))
     values, _ = _climb(fine, values, 0.25, 0.03)
     return Fan(*(float(value) for value in values)), fine.overlap(_fan_mask(values, fine.x, fine.y))

@@ -26,9 +26,11 @@ WORK = 160
 """Long side, in pixels, at which areas are found; masks are enlarged from there by their outline, not by their pixels."""
 FLOOR = 1.5
 """Grey levels of flicker below which a pixel counts as standing still: lossy codecs flicker by about one."""
+FEWEST = 4
+"""Frames below which nothing is said about movement."""
 FAINT = 2.0
 """Grey levels above the background from which a pixel, averaged over time, belongs to a picture: shadows are hardly black."""
-MARGIN = 0.004
+MARGIN = 0.001
 """How far an outline is widened, as a share of the width."""
 
 
@@ -52,13 +54,16 @@ class Sector:
 def activity(frames: np.ndarray) -> np.ndarray:
     """How much each pixel flickers, in grey levels. uint8 [T, H, W] -> float32 [H, W].
 
-    The mean step between neighbouring frames that differ at all: repeated frames of a screen recording do not dilute it.
+    The mean step between neighbouring frames that differ at all (repeated frames of a screen recording do not dilute it), without
+    cuts and black frames, in which whatever is written changes as well. Zero for fewer than `FEWEST` frames.
     """
-    if len(frames) < 2:
+    if len(frames) < FEWEST:
         return np.zeros(frames.shape[1:], np.float32)
     steps = [cv2.absdiff(before, after) for before, after in pairwise(frames)]
     lively = np.array([float(step.mean()) for step in steps])
-    keep = lively > 0.25 * max(float(np.median(lively)), 0.2)
+    # Up to two thirds of the frames may be repeats.
+    usual = max(float(np.percentile(lively, 80)), 0.2)
+    keep = (lively > 0.25 * usual) & (lively < 4 * usual)
     total = np.zeros(frames.shape[1:], np.float32)
     for step in (step for step, kept in zip(steps, keep, strict=True) if kept):
         cv2.accumulate(step, total)
@@ -85,15 +90,17 @@ def _filled(area: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _View:
-    """A clip in two pictures at `WORK`: mean over time, and flicker."""
+    """A clip in a few pictures at `WORK`: mean over time, flicker, and `traced` (bool): where a line passed, as that of an ECG."""
 
     mean: np.ndarray
     flicker: np.ndarray
+    traced: np.ndarray
 
     @classmethod
     def of(cls, frames: np.ndarray) -> _View:
         small = _shrink(frames, WORK)
-        return cls(small.mean(0, dtype=np.float32), activity(small))
+        mean, highest = small.mean(0, dtype=np.float32), small.max(0)
+        return cls(mean, activity(small), (highest > 100) & (mean < 0.25 * highest))
 
     @property
     def background(self) -> float:
@@ -102,10 +109,12 @@ class _View:
         return low if low < 40 else 0.0
 
     def moves(self) -> np.ndarray:
-        return self.flicker > max(FLOOR, 0.1 * float(np.percentile(self.flicker, 95)))
+        return (self.flicker > max(FLOOR, 0.1 * float(np.percentile(self.flicker, 95)))) & ~self.traced
 
     def lit(self) -> np.ndarray:
-        return (self.mean > self.background + FAINT) | (self.flicker > 0.5 + float(np.percentile(self.flicker, 2)))
+        shown = (self.mean > self.background + FAINT) | (self.flicker > 0.5 + float(np.percentile(self.flicker, 2)))
+        written = (self.mean > 60) & (self.flicker < 0.3 + 0.01 * self.mean)
+        return shown & ~(self.traced | written)
 
 
 def solid(area: np.ndarray) -> np.ndarray:
@@ -165,12 +174,17 @@ def _fit(area: np.ndarray, shape: tuple[int, int], margin: float) -> _Outline:
 
 
 def _best_outline(pieces: list[np.ndarray], shape: tuple[int, int], margin: float) -> _Outline:
-    """The outline of the largest piece, and of those beside it that one outline can hold as well."""
+    """The outline of the largest piece, and of those beside it that one outline can hold as well.
+
+    A strip, such as an ECG, has to fit better than a piece that may be the near field above a shadow.
+    """
     area = pieces[0]
     best = _fit(area, shape, margin)
     for piece in pieces[1:]:
         both = _fit(area | piece, shape, margin)
-        if both.geometry != "free" and both.score >= best.score - 0.06:
+        rows, columns = np.flatnonzero(piece.any(1)), np.flatnonzero(piece.any(0))
+        loss = 0.0 if np.ptp(columns) > 3 * np.ptp(rows) else 0.06
+        if both.geometry != "free" and both.score >= best.score - loss:
             area, best = area | piece, both
     return replace(best, hull=hull(np.logical_or.reduce(pieces)))
 
@@ -191,7 +205,8 @@ def _outline(view: _View, shape: tuple[int, int], margin: float) -> tuple[_Outli
 
 def _split(view: _View) -> int | None:
     """The column (at `WORK`) between two pictures side by side, or None: nothing is lit there from top to bottom."""
-    lit = cv2.morphologyEx((view.lit() if view.flicker.any() else view.mean > view.background + 12).astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
+    lit = view.lit() if view.flicker.any() else view.mean > view.background + 12
+    lit = cv2.morphologyEx(lit.astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
     used = np.flatnonzero(lit.any(0))
     if len(used) < 40:
         return None
@@ -209,25 +224,22 @@ def _split(view: _View) -> int | None:
 
 
 def _without_labels(mask: np.ndarray, frames: np.ndarray, flicker: np.ndarray) -> np.ndarray:
-    """Cut what is written across or just inside the rim: bright, still in every frame, and mostly outside or in a still place."""
+    """Cut what is written across the rim or just inside: still in every frame, and mostly outside, or bright in a still place."""
     low, high = frames.min(0), frames.max(0)
-    written = ((low > 60) & (high - low < 30)).astype(np.uint8)
+    still = cv2.absdiff(high, low) < 30
     width = max(3, round(0.04 * mask.shape[1]) | 1)
-    inner = cv2.erode(mask.astype(np.uint8), _kernel(width))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(written, connectivity=8)
-    if count < 2:
-        return mask
-    numbers = labels.ravel()
-    inside = np.bincount(numbers, mask.ravel(), count)
-    deep = np.bincount(numbers, inner.ravel(), count)
+    inner = cv2.erode(mask.astype(np.uint8), _kernel(width)) > 0
     quiet = cv2.blur(flicker, (width, width)) < 0.8
-    still = np.bincount(numbers, quiet.ravel(), count)
-    size = stats[:, cv2.CC_STAT_AREA]
-    labelled = (inside > 0) & ((inside < 0.5 * size) | ((deep == 0) & (still > 0.8 * size)))
-    labelled[0] = False
-    if not labelled.any():
-        return mask
-    return mask & (cv2.dilate(labelled[labels].astype(np.uint8), _kernel(5)) == 0)
+    cut = np.zeros_like(mask)
+    for level in (25, 60):
+        count, labels, stats, _ = cv2.connectedComponentsWithStats((still & (low > level)).astype(np.uint8), connectivity=8)
+        inside, deep, alone = (np.bincount(labels[part], minlength=count) for part in (mask, inner, quiet))
+        size = stats[:, cv2.CC_STAT_AREA]
+        labelled = (inside > 0) & (inside < 0.5 * size) if level == 25 else (inside > 0) & (deep == 0) & (alone > 0.8 * size)
+        labelled[0] = False
+        if labelled.any():
+            cut |= labelled[labels]
+    return mask & (cv2.dilate(cut.astype(np.uint8), _kernel(5)) == 0) if cut.any() else mask
 
 
 def _judge(view: _View, mask: np.ndarray, score: float, by_movement: bool, cine: bool) -> tuple[float, tuple[str, ...]]:
@@ -241,7 +253,7 @@ def _judge(view: _View, mask: np.ndarray, score: float, by_movement: bool, cine:
         reasons.append(f"{1 - kept:.0%} of what moves lies outside")
     if not by_movement:
         score *= 0.75
-        reasons.append("nothing moves: told by brightness" if cine else "a still: told by brightness")
+        reasons.append("nothing moves: told by brightness" if cine else "too few frames: told by brightness")
     elif float(view.mean.std()) < 0.5 * float(view.flicker.mean()):
         score *= 0.3
         reasons.append("noise without a picture")
@@ -287,17 +299,17 @@ def find_panes(frames: np.ndarray, boxes: Sequence[Box] = (), margin: float = MA
         panes = [_find_one(frames, box, margin) for box in ((0, 0, middle, height), (middle, 0, width, height))]
         if min(pane.confidence for pane in panes) >= 0.4:
             return panes
-    return [_find_one(frames, (0, 0, width, height), margin)]
+    return [_find_one(frames, (0, 0, width, height), margin, view=view)]
 
 
 def _holds(boxes: Sequence[Box], view: _View, width: int) -> bool:
-    """Whether boxes hold nearly all that moves: some headers keep the regions of a picture that was larger."""
-    moves = solid(view.moves()) > 0
+    """Whether boxes hold nearly all that flickers: some headers keep the regions of a picture that was larger."""
+    moves = solid(view.flicker > 0.5 + float(np.percentile(view.flicker, 2))) > 0
     inside = np.zeros_like(moves)
     scale = moves.shape[1] / width
     for left, top, right, bottom in boxes:
         inside[int(top * scale) : math.ceil(bottom * scale), int(left * scale) : math.ceil(right * scale)] = True
-    return float((moves & inside).sum()) >= 0.8 * float(moves.sum())
+    return float((moves & inside).sum()) >= 0.93 * float(moves.sum())
 
 
 def _columns(boxes: Sequence[Box]) -> list[Box]:
@@ -311,11 +323,11 @@ def _columns(boxes: Sequence[Box]) -> list[Box]:
     return found
 
 
-def _find_one(frames: np.ndarray, box: Box, margin: float, trusted: bool = False) -> Sector:
-    """The scan area within a box; all of it where nothing is found and the box is `trusted`."""
+def _find_one(frames: np.ndarray, box: Box, margin: float, trusted: bool = False, view: _View | None = None) -> Sector:
+    """The scan area within a box; all of it where nothing is found and the box is `trusted`. view: of the box, if it is known."""
     left, top, right, bottom = box
-    part = np.ascontiguousarray(frames[:, top:bottom, left:right])
-    view, mask = _View.of(part), np.zeros(frames.shape[1:], bool)
+    part = frames[:, top:bottom, left:right]
+    view, mask = view or _View.of(part), np.zeros(frames.shape[1:], bool)
     outline, by_movement = _outline(view, part.shape[1:], margin)
     moving = float(view.moves().mean()) * (mask[top:bottom, left:right].size / mask.size)
     if outline is None:
@@ -324,7 +336,7 @@ def _find_one(frames: np.ndarray, box: Box, margin: float, trusted: bool = False
         return Sector(mask, mask, "free", 0.6 if trusted else 0.0, moving, (reason,))
     flicker = cv2.resize(view.flicker, part.shape[:0:-1], interpolation=cv2.INTER_LINEAR)
     inside = _without_labels(outline.mask, part, flicker) if by_movement else outline.mask
-    confidence, reasons = _judge(view, inside, outline.score, by_movement, len(frames) > 1)
+    confidence, reasons = _judge(view, inside, outline.score, by_movement, len(frames) >= FEWEST)
     if outline.geometry == "free":
         reasons = ("no outline of a probe fits", *reasons)
     mask[top:bottom, left:right] = inside
