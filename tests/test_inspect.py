@@ -91,7 +91,7 @@ def test_inspect__every_oddity_of_a_folder(capsys: pytest.CaptureFixture[str]) -
     rows = table()
     by_path = {row["path"]: row for row in rows}
     assert len(rows) == 11 + 2 and by_path["empty.mp4"]["readable"] == "no" and "empty" in by_path["empty.mp4"]["errors"]
-    assert by_path["static.avi"]["repeated_share"] == "1.000" and by_path["one/scan.avi"]["frames"] == "40"
+    assert float(by_path["static.avi"]["repeated_share"]) > 0.9 and by_path["one/scan.avi"]["frames"] == "40"
 
 
 def test_inspect__page_is_self_contained_and_escaped() -> None:

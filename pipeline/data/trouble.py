@@ -19,11 +19,11 @@ __all__ = [
 ]
 
 SEVERITIES = ("error", "warning", "note")
-SIDE = 150
+SIDE = 110
 """Frames are compared on a grid of about this many pixels a side. Skipping pixels, unlike averaging, keeps the noise."""
 REPEAT = 0.5
 """Mean difference, in grey levels, below which two neighbours show one picture: repeats are re-encoded, so never equal."""
-MANY_REPEATS = 0.25
+MANY_REPEATS = 0.27
 STATIC, PUMPING = 0.85, 2.0
 """A clip is one picture if so many neighbours are equal and the rest differ by less: encoders refresh a picture now and then."""
 BLACK = 3.0
