@@ -7,7 +7,9 @@ libraries of its requirements.txt are installed. `model.json` beside the weights
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ __all__ = ["Scorer", "build_network", "head_name", "prepare"]
 
 BATCH = 32
 PATH_COLUMNS = ("image", "path", "file", "filename", "bytes")
+OPT_IN = "SONOSCOPE_SCORE_PATHS"
+"""Environment variable; with `1`, text may be a path. A server must not open files, or say which exist, for whoever asks."""
+MAX_BYTES, MAX_PIXELS, MAX_ASPECT = 64 * 2**20, 50_000_000, 50
+"""Of one encoded picture; pixels as by default in extraction; longer side over shorter, as the short side is enlarged to working size."""
 
 
 def _head(kind: str, features: int, classes: int) -> Any:
@@ -58,23 +64,45 @@ def head_name(about: dict[str, Any]) -> str:
     return "head" if about["network"]["patch_size"] else "fc"
 
 
-def _decode(item: Any) -> np.ndarray:
-    """One picture as RGB or grey uint8 from a path, encoded bytes, or base64 text (what a scoring server receives)."""
-    import cv2
-
+def _encoded(item: Any) -> bytes:
+    """The bytes of an encoded picture from a `Path`, bytes, or text (base64, or by `OPT_IN` a path)."""
     if isinstance(item, str):
-        path = Path(item)
-        # The length first: a name longer than a file system allows is an error, not an absent file.
-        if len(item) < 1024 and path.is_file():
-            item = path.read_bytes()
+        if os.environ.get(OPT_IN) == "1" and len(item) < 1024 and os.path.isfile(item):
+            item = Path(item)
+        elif len(item) > MAX_BYTES * 4 // 3 + 4:
+            raise ValueError(f"an image has more than {MAX_BYTES} bytes")
         else:
             try:
-                item = base64.b64decode(item, validate=True)
+                return base64.b64decode(item, validate=True)
             except ValueError:
-                raise ValueError("an image is neither a file that exists nor base64 text") from None
-    picture = cv2.imdecode(np.frombuffer(item, np.uint8), cv2.IMREAD_COLOR)
+                raise ValueError(f"an image is not base64 text; a file is given as pathlib.Path, or as text where {OPT_IN}=1 is set") from None
+    if isinstance(item, os.PathLike):
+        if not os.path.isfile(item):
+            raise ValueError("an image is a path that is no file")
+        if os.path.getsize(item) <= MAX_BYTES:
+            return Path(item).read_bytes()
+    elif len(item) <= MAX_BYTES:
+        return bytes(item)
+    raise ValueError(f"an image has more than {MAX_BYTES} bytes")
+
+
+def _decode(item: Any) -> np.ndarray:
+    """One picture as RGB uint8 from a path, encoded bytes, or base64 text (what a scoring server receives)."""
+    import cv2
+    from PIL import Image
+
+    data = _encoded(item)
+    unreadable = "an image cannot be decoded; wanted is JPEG, PNG or another format that OpenCV and Pillow read"
+    try:
+        # The header only: a few bytes can stand for gigabytes of pixels.
+        width, height = Image.open(io.BytesIO(data)).size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(unreadable) from None
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"an image has {width} x {height} pixels; allowed are {MAX_PIXELS} in all")
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if picture is None:
-        raise ValueError("an image cannot be decoded; wanted is JPEG, PNG or another format that OpenCV reads")
+        raise ValueError(unreadable)
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
 
 
@@ -97,6 +125,8 @@ def prepare(picture: np.ndarray, rules: dict[str, Any]) -> np.ndarray:
     """
     import cv2
 
+    if max(picture.shape[:2]) > MAX_ASPECT * min(picture.shape[:2]):
+        raise ValueError(f"an image has {picture.shape[1]} x {picture.shape[0]} pixels; one side may be {MAX_ASPECT} times the other at most")
     if rules["color"] == "gray" and picture.ndim == 3:
         picture = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     size, working, stored = rules["size"], rules["working_size"], rules["stored_short_side"]
@@ -119,18 +149,27 @@ def prepare(picture: np.ndarray, rules: dict[str, Any]) -> np.ndarray:
 
 
 def _as_uint8(images: np.ndarray) -> np.ndarray:
-    """Numbers of 0 to 255, or fractions of 0 to 1, as uint8; anything else is refused."""
+    """Whole numbers of 0 to 255, or fractions of 0 to 1, as uint8. The type decides which, never the values of a batch."""
     if images.dtype == np.uint8:
         return images
-    values = images.astype(np.float32)
-    if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 255:
-        raise ValueError("images must hold numbers of 0 to 255, or fractions of 0 to 1")
     whole = np.issubdtype(images.dtype, np.integer)
-    return np.rint(values * (1 if whole or values.max(initial=0) > 1 else 255)).astype(np.uint8)
+    values = images.astype(np.float32)
+    if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > (255 if whole else 1):
+        raise ValueError("images of whole numbers must hold 0 to 255, images of floating-point numbers fractions of 0 to 1")
+    return np.rint(values * (1 if whole else 255)).astype(np.uint8)
+
+
+def _checked(images: np.ndarray) -> np.ndarray:
+    """Pictures [N, H, W] or [N, H, W, 1 or 3] as uint8 [N, H, W] or [N, H, W, 3]; another shape is an error."""
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)) or 0 in images.shape[1:]:
+        raise ValueError(
+            f"images must be [N, H, W], [N, H, W, 3] or one [H, W, 3], a list of such pictures, paths, or bytes; got shape {images.shape}"
+        )
+    return _as_uint8(images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images)
 
 
 def _pictures(given: Any) -> Iterable[np.ndarray]:
-    """Every accepted form of input as single uint8 pictures: array [N, H, W(, 3)], list, table with a column `image`."""
+    """Every accepted form of input as single uint8 pictures: array [N, H, W(, 3)] or [H, W, 3], list, table with a column `image`."""
     if isinstance(given, dict):
         given = next(iter(given.values()))
     if hasattr(given, "columns"):
@@ -138,16 +177,21 @@ def _pictures(given: Any) -> Iterable[np.ndarray]:
         if not named and len(given.columns) != 1:
             raise ValueError(f"the table needs a column 'image' with paths or encoded bytes; it has {list(given.columns)}")
         given = given[named[0] if named else given.columns[0]].tolist()
-    if isinstance(given, str | bytes):
+    encoded = str | bytes | bytearray | memoryview | os.PathLike
+    if isinstance(given, encoded):
         given = [given]
-    if not isinstance(given, np.ndarray) and all(isinstance(item, str | bytes | bytearray | memoryview) for item in given):
-        return (_decode(item) for item in given)
-    if not isinstance(given, np.ndarray) and len({np.shape(item) for item in given}) > 1:
-        return (picture for item in given for picture in _pictures(np.asarray(item)[None]))
+    if not isinstance(given, np.ndarray):
+        if all(isinstance(item, encoded) for item in given):
+            return (_decode(item) for item in given)
+        # Arrays in a list are pictures; numbers in nested lists, as JSON gives them, are one array unless the pictures differ in size.
+        if any(isinstance(item, np.ndarray) for item in given) or len({np.shape(item) for item in given}) > 1:
+            return (picture for item in given for picture in _checked(np.asarray(item)[None]))
     images = np.asarray(given)
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)) or 0 in images.shape[1:]:
-        raise ValueError(f"images must be [N, H, W] or [N, H, W, 3], a list of such pictures, paths, or bytes; got shape {images.shape}")
-    return _as_uint8(images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images)
+    if images.ndim == 3 and images.shape[-1] in (1, 3):
+        images = images[None]
+    elif images.ndim == 3 and len(images) == 3:
+        raise ValueError(f"got shape {images.shape}: for one RGB picture give [H, W, 3], for three grey pictures [3, H, W, 1] or a list")
+    return _checked(images)
 
 
 class Scorer(PythonModel):
@@ -168,7 +212,8 @@ class Scorer(PythonModel):
 
     # MLflow checks inputs against annotations it has a schema for; it has none for an array, so tables and lists pass as well.
     def predict(self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
-        """See the class; `model_input`: uint8 or 0-to-1 pictures [N, H, W] or [N, H, W, 3] (RGB), or a table or list of paths or bytes."""
+        """See the class; `model_input`: pictures, uint8 or fractions of 0 to 1, [N, H, W], [N, H, W, 3] or one [H, W, 3] (RGB); or a list or table of
+        `Path`s, encoded bytes or base64 text."""
         import pandas as pd
         import torch
 

@@ -25,7 +25,7 @@ OPENCV = ("opencv-python-headless", "opencv-python")
 
 def requirements(library: str) -> list[str]:
     """What `scorer.py` imports, at the versions of this environment."""
-    names = ["mlflow", *PACKAGES[library], "safetensors", "numpy", "pandas"]
+    names = ["mlflow", *PACKAGES[library], "safetensors", "numpy", "pandas", "pillow"]
     found = {}
     for name in (*names, *OPENCV):
         try:

@@ -33,7 +33,7 @@ ORDER = """
     tracking_store
     tracking_courier
     tracking
-    data.limits
+    data.limits data.integrity
     data.dicom data.pool data.trouble data.outline data.thinning
     data.sector
     data.masking
@@ -94,6 +94,7 @@ READS_ENVIRONMENT = {
     "pipeline.config": "MLFLOW_TRACKING_URI",
     "pipeline.distributed": "what torchrun sets",
     "pipeline.launch": "what torchrun sets, and what its workers inherit",
+    "pipeline.scorer": "SONOSCOPE_SCORE_PATHS: text may name files",
     "pipeline.tracking": "RANK: only the first process logs",
     "pipeline.tracking_context": "DVC's name of the experiment",
     "pipeline.tracking_store": "time limits of MLflow's client",

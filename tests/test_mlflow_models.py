@@ -88,17 +88,18 @@ def as_in_the_pipeline(pictures: list[np.ndarray], folder: Path, *, grey: bool =
 
 
 SCORE = """
-import json, sys
+import base64, json, sys
 from pathlib import Path
 import mlflow, numpy as np, pandas as pd
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model(sys.argv[2])
 given = Path("given")
-files = sorted(str(path) for path in given.glob("*.png"))
-data = [Path(path).read_bytes() for path in files]
+files = sorted(given.glob("*.png"))
+data = [path.read_bytes() for path in files]
 array = np.load(given / "array.npy")
 inputs = {
     "array": array, "fractions": array.astype(np.float32) / 255, "integers": array.astype(np.int64), "paths": files, "bytes": data,
+    "text": [base64.b64encode(one).decode() for one in data],
     "table": pd.DataFrame({"id": range(len(files)), "image": files}), "table of bytes": pd.DataFrame({"image": data}),
     "example": model.input_example, "none": array[:0],
 }
@@ -135,7 +136,7 @@ def test_score__every_form_of_input_gives_what_the_network_gives(root: Path, bac
     wanted = {"pictures": as_in_the_pipeline(frames(), folder), "array": as_in_the_pipeline(list(grey), folder)}
     for form in ("array", "fractions", "integers"):
         assert np.abs(results[form] - wanted["array"]).max() < 1e-5, form
-    for form in ("paths", "bytes", "table", "table of bytes"):
+    for form in ("paths", "bytes", "text", "table", "table of bytes"):
         assert np.abs(results[form] - wanted["pictures"]).max() < 1e-5, form
     width = wanted["array"].shape[1]
     assert results["none"].shape == (0, width) and results["example"].shape == (1, width)
@@ -237,7 +238,9 @@ def test_courier__imports_no_torch(root: Path) -> None:
     ("given", "words"),
     [
         (np.zeros((3, 4, 5, 2), np.uint8), "got shape"), (np.full((1, 40, 40), 300.0), "0 to 255"), (np.full((1, 40, 40), np.nan), "0 to 255"),
-        (["absent file.png"], "neither a file"), ([b"no picture"], "cannot be decoded"), (np.zeros((2, 0, 4)), "got shape"),
+        (["absent file.png"], "not base64 text"), ([b"no picture"], "cannot be decoded"), (np.zeros((2, 0, 4)), "got shape"),
+        ([Path("absent.png")], "no file"), (np.zeros((3, 40, 50), np.uint8), r"one RGB picture give \[H, W, 3\]"),
+        (np.full((1, 40, 40), 1.5), "fractions of 0 to 1"), (np.full((1, 40, 40), 256), "0 to 255"),
     ],
 )  # fmt: skip
 def test_scorer__says_what_it_cannot_read(given: Any, words: str) -> None:
@@ -245,6 +248,64 @@ def test_scorer__says_what_it_cannot_read(given: Any, words: str) -> None:
 
     with pytest.raises(ValueError, match=words):
         list(_pictures(given))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_scorer__one_colour_picture_is_one_and_three_grey_ones_are_three(count: int) -> None:
+    from pipeline.scorer import _pictures
+
+    rng = np.random.default_rng(0)
+    colour, grey = rng.integers(0, 256, (40, 50, 3), np.uint8), rng.integers(0, 256, (count, 40, 50), np.uint8)
+    for given in (colour, colour[None], [colour], colour.tolist(), [colour.astype(np.float64) / 255]):
+        (found,) = _pictures(given)
+        assert np.array_equal(found, colour)
+    for given in (grey[..., None], list(grey)):
+        assert np.array_equal(np.stack(list(_pictures(given))), grey)
+    (one,) = _pictures(grey[0][..., None])
+    assert np.array_equal(one, grey[0])
+
+
+def test_scorer__a_dark_batch_is_scaled_like_any_other() -> None:
+    """Fractions are told by their type: a brighter neighbour in the batch does not make 0.5 black or mid grey."""
+    from pipeline.scorer import _pictures
+
+    dark = np.full((40, 40), 0.5, np.float32)
+    assert {int(picture.max()) for picture in _pictures([dark, np.ones_like(dark)])} == {128, 255}
+    assert int(next(iter(_pictures(np.ones((1, 40, 40), np.int64)))).max()) == 1
+
+
+def test_scorer__text_from_outside_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.scorer import OPT_IN, _pictures
+
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((40, 40), 7, np.uint8))
+    monkeypatch.delenv(OPT_IN, raising=False)
+    words = set()
+    for name in ("a.png", "absent.png"):
+        with pytest.raises(ValueError, match="not base64 text") as refused:
+            list(_pictures([str(tmp_path / name)]))
+        words.add(str(refused.value))
+    assert len(words) == 1, "the answer does not tell which files exist"
+    assert next(iter(_pictures([tmp_path / "a.png"]))).max() == 7
+    monkeypatch.setenv(OPT_IN, "1")
+    assert next(iter(_pictures([str(tmp_path / "a.png")]))).max() == 7
+
+
+def test_scorer__sizes_are_limited_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import scorer
+
+    data = cv2.imencode(".png", np.zeros((40, 4000), np.uint8))[1].tobytes()
+    rules = PREPROCESSING | {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    with pytest.raises(ValueError, match="50 times the other"):
+        scorer.prepare(next(iter(scorer._pictures([data]))), rules)
+    monkeypatch.setattr(scorer, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr("cv2.imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="4000 x 40 pixels; allowed are 100000"):
+        list(scorer._pictures([data]))
+    monkeypatch.setattr(scorer, "MAX_BYTES", 8)
+    (tmp_path / "a.png").write_bytes(data)
+    for given in (data, "QUJD" * 9, tmp_path / "a.png"):
+        with pytest.raises(ValueError, match="more than 8 bytes"):
+            list(scorer._pictures([given]))
 
 
 def test_requirements__few_and_pinned() -> None:
