@@ -467,10 +467,15 @@ def _properties(files: Sequence[FileReport]) -> dict[str, list[str]]:
 def _guessed(files: Sequence[FileReport], values: Sequence[str]) -> float:
     """Balanced share of right guesses from the property, patients left out in turn."""
     people = [report.patient or report.path for report in files]
+    with_value: dict[str, Counter[str]] = defaultdict(Counter)
+    of_person: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for report, person, value in zip(files, people, values, strict=True):
+        with_value[value][report.label] += 1
+        of_person[person, value][report.label] += 1
+        of_person[person, ""][report.label] += 1
+    everybody = Counter(report.label for report in files)
     right: dict[str, list[bool]] = defaultdict(list)
-    for index, report in enumerate(files):
-        others = [place for place in range(len(files)) if people[place] != people[index]]
-        same = [files[place].label for place in others if values[place] == values[index]]
-        votes = Counter(same or [files[place].label for place in others])
+    for report, person, value in zip(files, people, values, strict=True):
+        votes = with_value[value] - of_person[person, value] or everybody - of_person[person, ""]
         right[report.label].append(bool(votes) and votes.most_common(1)[0][0] == report.label)
     return float(np.mean([np.mean(flags) for flags in right.values()]))
