@@ -1,6 +1,6 @@
 """How fast extraction is against a plain OpenCV loop (read in colour, INTER_AREA, imwrite), with equal process counts.
 
-    python benchmarks/extract.py FOLDER [--workers 2] [--repeats 3] [--limit 0] [--short-side 256]
+    python benchmarks/extract.py FOLDER [--workers 2] [--repeats 3] [--limit 0] [--short-side 256] [--masks]
 
 Both sides start anew for every repeat, alternate, decode every frame of every video of FOLDER and write to a temporary
 folder. Prints frames per second, CPU milliseconds per frame (all processes, start included) and the ratios. A machine
@@ -25,7 +25,7 @@ import cv2
 from pipeline.cli import run_stage
 from pipeline.data.extract import Task, extract_one
 from pipeline.data.video import Media, find_media
-from pipeline.parameters import ExtractParams
+from pipeline.parameters import ExtractParams, MaskParams
 
 
 def _plain(job: tuple[Media, ExtractParams, Path]) -> int:
@@ -48,6 +48,11 @@ def _plain(job: tuple[Media, ExtractParams, Path]) -> int:
 def _ours(job: tuple[Media, ExtractParams, Path]) -> int:
     media, params, folder = job
     return extract_one(Task(media, params, None, folder)).facts.frames
+
+
+def _masked(job: tuple[Media, ExtractParams, Path]) -> int:
+    media, params, folder = job
+    return _ours((media, params.model_copy(update={"mask": MaskParams(mode="sector")}), folder))
 
 
 def _one_thread() -> None:
@@ -76,13 +81,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, default=0, help="only this many videos, evenly chosen; 0 for all")
     parser.add_argument("--short-side", type=int, default=256)
+    parser.add_argument("--masks", action="store_true", help="a third case: with extract.mask.mode sector")
     options = parser.parse_args()
     media = [item for item in find_media(options.folder).media if item.kind == "video"]
     media = media[:: max(1, len(media) // options.limit)][: options.limit] if options.limit else media
     jobs = [(item, ExtractParams(short_side=options.short_side)) for item in media]
-    taken: dict[str, list[tuple[int, float, float]]] = {"plain": [], "sonoscope": []}
+    cases = {"plain": _plain, "sonoscope": _ours} | ({"masked": _masked} if options.masks else {})
+    taken: dict[str, list[tuple[int, float, float]]] = {name: [] for name in cases}
     for _ in range(options.repeats):
-        for name, function in (("plain", _plain), ("sonoscope", _ours)):
+        for name, function in cases.items():
             taken[name].append(_measure(function, jobs, options.workers))
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{len(media)} videos, {options.workers} processes of 1 thread, {options.repeats} repeats, load {load}")
@@ -92,11 +99,12 @@ def main() -> None:
         cpu = statistics.median(1000 * seconds / frames for frames, _, seconds in runs)
         shown = f"{statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"
         print(f"{name:<10} {runs[0][0]:>7} {shown:>34} {cpu:>13.3f}")
-    pairs = list(zip(taken["plain"], taken["sonoscope"], strict=True))
-    wall = statistics.median(plain[1] / ours[1] for plain, ours in pairs)
-    cpu = statistics.median(plain[2] / ours[2] for plain, ours in pairs)
-    same = all(plain[0] == ours[0] for plain, ours in pairs)
-    print(f"ratio plain / sonoscope: wall {wall:.2f}x, CPU {cpu:.2f}x; frames {'equal' if same else 'DIFFER'}")
+    for name in list(cases)[1:]:
+        pairs = list(zip(taken["plain"], taken[name], strict=True))
+        wall = statistics.median(plain[1] / ours[1] for plain, ours in pairs)
+        cpu = statistics.median(plain[2] / ours[2] for plain, ours in pairs)
+        same = all(plain[0] == ours[0] for plain, ours in pairs)
+        print(f"ratio plain / {name}: wall {wall:.2f}x, CPU {cpu:.2f}x; frames {'equal' if same else 'DIFFER'}")
 
 
 if __name__ == "__main__":

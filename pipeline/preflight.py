@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.base import Setting
-from pipeline.models.catalog import LEVEL_HEADS, describe, levels_problem, size_problem, trainable_problem
+from pipeline.models.catalog import LEVEL_HEADS, describe, levels_problem, missing_problems, size_problem, trainable_problem
 from pipeline.registry import BACKBONES, HEADS, METHODS, did_you_mean
 
 __all__ = ["check_named_files", "method_problems"]
@@ -38,15 +38,32 @@ def method_problems(config: Config) -> list[str]:
 
 
 def _backbone_problems(config: Config) -> list[str]:
-    """Sizes that the patches do not divide, and a part to train that the network does not have."""
+    """An image that the patches do not divide (methods say so of their smaller views), and parts that the network does not have."""
     info = describe(config.pretrain.backbone)
-    rules = METHODS.get(config.pretrain.method).views(config.method_params, config.pretrain.image_size)
-    sizes = {"pretrain.image_size": config.pretrain.image_size}
-    sizes |= {f"methods.{config.pretrain.method}: views of {role}": rule.size for role, rule in rules.items()}
-    lines = [size_problem(info, size, key) for key, size in sizes.items()]
+    lines = [size_problem(info, config.pretrain.image_size), *missing_problems(info, config.pretrain.init_allow_missing)]
     if config.finetune.head in LEVEL_HEADS:
         lines.append(levels_problem(info, f"finetune.head: {config.finetune.head}"))
     return [line for line in (*lines, trainable_problem(info, config.finetune.trainable)) if line]
+
+
+def _head_problems(config: Config) -> list[str]:
+    """A head that continues from a pretrained pyramid, where pretraining leaves none. Imports torch for a file of weights."""
+    pretrain, head = config.pretrain, config.finetune.head
+    kind = METHODS.get(pretrain.method)
+    if head not in LEVEL_HEADS or "pretrained" not in config.finetune.initialisations or kind.leaves_pyramid(config.method_params):
+        return []
+    if not kind.trains and Path(pretrain.init).is_file():
+        from pipeline.models.published import initial_tensors, to_extras
+
+        try:
+            if to_extras(initial_tensors(pretrain.backbone, pretrain.init)[0]):
+                return []
+        except CheckpointError:
+            return []  # said with the weights
+    return [
+        f"finetune.head: {head} continues from the pyramid that HiCo leaves beside the trunk; pretrain.method {pretrain.method} leaves none "
+        f"here. Use pretrain.method: hico (objective semi or self), or random with pretrain.init a file of HiCo, or another head."
+    ]
 
 
 def _weights_problems(config: Config) -> list[str]:
@@ -73,19 +90,26 @@ def check_named_files(config: Config) -> None:
     lines = [line for key, path in sources.items() if (line := _source_problem(key, path))]
     if config.split.file is not None and not Path(config.split.file).is_file():
         lines.append(f"split.file: {config.split.file} does not exist. Give a JSON file of folds, or null for folds drawn here.")
+    review = config.extract.mask.review
+    if review is not None and not Path(review).is_file():
+        lines.append(f"extract.mask.review: {review} does not exist. Give a CSV file of decisions (docs/masking.md), or null.")
     for registry, known, name in (
         (BACKBONES, BACKBONES.names(), config.pretrain.backbone), (HEADS, HEADS.declared(), config.finetune.head),
     ):
         if name not in known:
             lines.append(f"{registry.key}: unknown {registry.kind} '{name}'. Allowed: {', '.join(known)}.{did_you_mean(name, known)}")
-    if config.pretrain.backbone in BACKBONES.names():
+    known_backbone = config.pretrain.backbone in BACKBONES.names()
+    if known_backbone:
         lines += _backbone_problems(config)
     init = config.pretrain.init
     if init not in ("random", "imagenet") and not Path(init).is_file():
         lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
-    elif init != "random" and config.pretrain.backbone in BACKBONES.names():
+    elif init != "random" and known_backbone:
         lines += _weights_problems(config)
-    lines += method_problems(config)
+    lines += _head_problems(config)
+    if known_backbone:
+        lines += method_problems(config)
+    lines = list(dict.fromkeys(lines))  # a method that needs an even image says it too
     if lines:
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
         raise ConfigError(f"params.yaml: {count}\n" + "\n".join(f"  {line}" for line in lines))

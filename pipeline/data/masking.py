@@ -186,7 +186,8 @@ class Masker:
         if not mask.any():
             raise DataError(f"{self._name}: the box of extract.mask.review lies outside the picture")
         self._keep(mask, frames, grey)
-        report.review = not action and bool(report.action != "masked" or len(panes) > 1 or report.doppler or report.grown)
+        low = sector.confidence < self.params.min_confidence
+        report.review = not action and (low or report.action != "masked" or len(panes) > 1 or report.doppler)
 
     def _choose_pane(self, panes: list[Sector], together: Sector) -> Sector:
         if self.params.dual == "exclude":

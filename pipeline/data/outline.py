@@ -187,19 +187,21 @@ def fit_fan(area: np.ndarray) -> tuple[Fan, float]:
 
 
 def fit_box(area: np.ndarray) -> tuple[tuple[float, float, float, float], float]:
-    """The upright rectangle (left, top, right, bottom in widths) that agrees best with an area (bool [h, w]), and its overlap."""
+    """The upright rectangle (left, top, right, bottom in widths) that agrees best with an area (bool [h, w]), and its overlap.
+
+    The overlap is measured as that of `fit_fan`, so that the two can be compared.
+    """
     width = area.shape[1]
-    target = _Target(area)
+    target = _Target(_coarse(area, FIT))
     best, best_score = (0.0, 0.0, 1.0, 1.0), -1.0
     columns, rows = area.mean(0), area.mean(1)
     for share in (0.1, 0.3, 0.5, 0.7):
         xs, ys = np.flatnonzero(columns > share * columns.max()), np.flatnonzero(rows > share * rows.max())
-        left, right, top, bottom = xs[0], xs[-1] + 1, ys[0], ys[-1] + 1
-        box = np.zeros_like(area)
-        box[top:bottom, left:right] = True
-        score = target.overlap(box)
+        box = (xs[0] / width, ys[0] / width, (xs[-1] + 1) / width, (ys[-1] + 1) / width)
+        inside = (target.x >= box[0]) & (target.x < box[2]) & (target.y >= box[1]) & (target.y < box[3])
+        score = target.overlap(inside)
         if score > best_score:
-            best, best_score = (left / width, top / width, right / width, bottom / width), score
+            best, best_score = box, score
     return best, best_score
 
 

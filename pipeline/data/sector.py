@@ -88,6 +88,17 @@ def _filled(area: np.ndarray) -> np.ndarray:
     return padded[1:-1, 1:-1] != 2
 
 
+def _strips(sparse: np.ndarray) -> np.ndarray:
+    """Of pixels that are lit now and then, those that lie in a low, wide strip: shadows of ribs that move are higher."""
+    width = sparse.shape[1]
+    closed = cv2.morphologyEx(sparse.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, max(3, width // 12)), np.uint8))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(closed)
+    wide, high = stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT]
+    strip = (wide > 0.4 * width) & (wide > 3 * high)
+    strip[0] = False
+    return strip[labels] & sparse
+
+
 @dataclass(frozen=True)
 class _View:
     """A clip in a few pictures at `WORK`: mean over time, flicker, and `traced` (bool): where a line passed, as that of an ECG."""
@@ -100,7 +111,7 @@ class _View:
     def of(cls, frames: np.ndarray) -> _View:
         small = _shrink(frames, WORK)
         mean, highest = small.mean(0, dtype=np.float32), small.max(0)
-        return cls(mean, activity(small), (highest > 100) & (mean < 0.25 * highest))
+        return cls(mean, activity(small), _strips((highest > 40) & (mean < 0.3 * highest)))
 
     @property
     def background(self) -> float:
@@ -165,7 +176,7 @@ def _fit(area: np.ndarray, shape: tuple[int, int], margin: float) -> _Outline:
     around = hull(area)
     (fan, fan_score), (box, box_score) = fit_fan(area), fit_box(area)
     # A box has fewer freedoms than a fan; a fan with nearly parallel edges can imitate one.
-    if box_score > 0.8 and (box_score >= fan_score - 0.002 or fan.right - fan.left < 0.12):
+    if box_score > 0.8 and (box_score >= fan_score - 0.004 or fan.right - fan.left < 0.12):
         return _Outline("linear", box_score, box_mask(box, shape, margin), around)
     if fan_score > 0.75:
         opening = (fan.right - fan.left) * fan.near
@@ -186,7 +197,9 @@ def _best_outline(pieces: list[np.ndarray], shape: tuple[int, int], margin: floa
         loss = 0.0 if np.ptp(columns) > 3 * np.ptp(rows) else 0.06
         if both.geometry != "free" and both.score >= best.score - loss:
             area, best = area | piece, both
-    return replace(best, hull=hull(np.logical_or.reduce(pieces)))
+    # Blocks of text are smaller.
+    large = [piece for piece in pieces if piece.sum() >= 0.15 * pieces[0].sum()]
+    return replace(best, hull=hull(np.logical_or.reduce(large)))
 
 
 def _outline(view: _View, shape: tuple[int, int], margin: float) -> tuple[_Outline | None, bool]:
