@@ -118,6 +118,16 @@ def test_preset__every_one_is_valid_and_survives_the_shell(name: str, params: Pa
     assert write_preset(preset, params) == []
 
 
+@pytest.mark.parametrize("name", ["ucl_official_butterfly", "uscl_official", "hico_official"])
+def test_preset__five_published_folds(name: str) -> None:
+    """Judged on the five folds of POCUS; USCL and HiCo work on 3 pictures a second, at most 50 a video, all of them."""
+    values = load_preset(name).values
+    assert values["split.folds"] == [0, 1, 2, 3, 4]
+    if not name.startswith("ucl"):
+        frames = "extract.max_frames", "finetune.frames_per_video", "finetune.eval_frames_per_video"
+        assert (values["extract.frames_per_second"], *(values[key] for key in frames)) == (3, 50, 50, 50)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_preset__overrides_mean_what_write_means(name: str, params: Path) -> None:
     """The words, read by DVC's own code, give the same parameters as `--write`."""
