@@ -264,3 +264,18 @@ def test_tracking__headline_on_the_parent_and_folds_as_steps(fake):
     assert parent["pretrained.video.balanced_accuracy"] == metrics["balanced_accuracy"]
     steps = [step for place, values, step in calls if place == "run" and "fold.pretrained.balanced_accuracy" in values]
     assert steps == [0, 1, 2]
+
+
+def test_tracking__phases_and_their_convention(fake):
+    metrics = run(fake) | {"phases": {"random": {"convention": "union", "f1": 0.4, "pooled": {"macro_f1": 0.6}}}}
+    tags = {}
+
+    class Recorder(NullTracker):
+        def set_parent_tags(self, values):
+            tags.update(values)
+
+    log_results(Recorder("evaluate"), metrics, fake.root / "reports/evaluate")
+    assert tags["phases.convention"] == "union"
+    found = headline_metrics(metrics)
+    assert (found["phases.random.f1"], found["phases.random.pooled_macro_f1"]) == (0.4, 0.6)
+    assert not any(name.startswith("phases") for name in headline_metrics({**metrics, "phases": {}}))

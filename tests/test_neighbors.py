@@ -103,6 +103,21 @@ def test_numbers__one_video_a_patient_leaves_patients_undefined(tmp_path):
     assert numbers["precision"] == pytest.approx(0.5), "all training videos are neighbours"
 
 
+def test_numbers__stretches_of_one_recording_say_nothing_of_patients(tmp_path):
+    """Every recording has a direction of its own. Cut into two stretches each, it is no sign that patients are recognised."""
+    fake = FakeExperiment(tmp_path, clips=4)
+    rng = np.random.default_rng(2)
+    recording = {video: f"{group}/{int(video[8:]) // 2}" for video, group in fake.groups.items()}
+    own = {name: rng.normal(size=30) for name in sorted(set(recording.values()))}
+    folds = hand_made(fake, lambda v: own[recording[v]] + 0.01 * rng.normal(size=30))
+    blind, honest = feature_numbers(folds, fake.splits, 3), feature_numbers(folds, fake.splits, 3, recording)
+    assert blind["same_patient"] == 1 and blind["patients_dominate"]
+    assert honest["same_patient"] < 0.3 and honest["same_patient_chance"] == pytest.approx(2 / 46) and not honest["patients_dominate"]
+    assert honest["silhouette_patient"] < 0.1 < blind["silhouette_patient"]
+    alone = feature_numbers(folds, fake.splits, 3, fake.groups)
+    assert alone["same_patient"] is None and alone["silhouette_patient"] is None and not alone["patients_dominate"]
+
+
 def test_map__equal_input_gives_equal_places_and_odd_input_none_that_are_not_finite():
     rng = np.random.default_rng(0)
     vectors = unit_rows(np.concatenate([rng.normal(c, 0.1, size=(15, 6)) for c in (-1, 1)]))
@@ -216,7 +231,7 @@ def test_report__groups_that_are_no_patients_are_not_called_so(tmp_path):
     fake.splits = replace(fake.splits, group="video")
     fake.write_features()
     _, page, _ = run(fake)
-    assert "no group has two videos" in page
+    assert "no group has two recordings" in page
 
 
 def test_pictures__equal_rows_give_equal_bytes_and_odd_shapes_are_drawn(tmp_path):

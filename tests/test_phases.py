@@ -20,7 +20,7 @@ from pipeline.data.store import FrameStore
 from pipeline.data.thinning import source_frames
 from pipeline.data.video import MediaReader, find_media
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate, headline_metrics
 from pipeline.evaluation.phases import macro_scores, phase_metrics
 from pipeline.parameters import ExtractParams, SplitParams
 from pipeline.training.finetune import subset_by_patient
@@ -229,6 +229,8 @@ def test_stages__from_annotations_to_the_report(tmp_path: Path, monkeypatch: pyt
     assert found["frames"] == found["frames_stored"] == sum(map(len, truth))
     assert found["f1"] > 0.8, "the colours tell the phases"
     assert json.loads((output / "metrics.json").read_text())["phases"]["random"]["f1"] == pytest.approx(found["f1"])
+    assert headline_metrics(metrics)["phases.random.f1"] == found["f1"]
+    assert metrics["features"]["random"]["same_patient"] is None, "stretches of one video say nothing of patients"
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "Phases of whole videos" in page
     assert "a video of these tables is a stretch of one label" in page

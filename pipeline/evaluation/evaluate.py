@@ -65,9 +65,10 @@ def evaluate(
         "patient": aggregate(rows, splits.classes, "patient", how),
     }
     metrics = summarise(config, splits, items, tables)
-    features = feature_results(items, splits, initialisations(metrics), config.evaluate.neighbors)
+    whole = _recordings(store)
+    features = feature_results(items, splits, initialisations(metrics), config.evaluate.neighbors, whole)
     metrics["features"] = features.numbers
-    phases = _phases(config, rows, splits, store)
+    phases = _phases(config, rows, splits, store, whole)
     if phases:
         metrics["phases"] = phases
         warnings.append(
@@ -82,15 +83,22 @@ def evaluate(
     return metrics
 
 
-def _phases(config: Config, rows: pd.DataFrame, splits: Splits, store: FrameStore | None) -> dict[str, Any]:
+def _recordings(store: FrameStore | None) -> dict[str, str]:
+    """Stretch (video id) to the path of the whole video it was cut from."""
+    rows = store.manifest.rows if store is not None else []
+    return {row.video: row.path.rpartition("#")[0] for row in rows if row.kind == "stretch"}
+
+
+def _phases(
+    config: Config, rows: pd.DataFrame, splits: Splits, store: FrameStore | None, whole: Mapping[str, str]
+) -> dict[str, Any]:
     """Metrics of whole videos whose frames have labels of their own, by initialisation (means over seeds); {} without any."""
-    stretches = [row for row in store.manifest.rows if row.kind == "stretch"] if store is not None else []
-    whole = {row.video: row.path.rpartition("#")[0] for row in stretches}
     frames = rows[rows["video"].isin(whole)]
-    if frames.empty:
+    if store is None or frames.empty:
         return {}
     number = {name: place for place, name in enumerate(splits.classes)}
-    stored = sum(row.frames for row in stretches if row.video in set(frames["video"]))
+    judged = set(frames["video"])
+    stored = sum(row.frames for row in store.manifest.rows if row.video in judged)
     result: dict[str, Any] = {}
     for init, part in frames.groupby("init"):
         result[str(init)] = average([
@@ -191,6 +199,8 @@ def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
                 flat[f"{init}.{level}.{name}"] = metrics[init][level][name]
     for init, numbers in metrics["features"].items():
         flat |= {f"{init}.features.{name}": numbers[name] for name in ("precision", "same_patient")}
+    for init, numbers in metrics.get("phases", {}).items():
+        flat |= {f"phases.{init}.f1": numbers["f1"], f"phases.{init}.pooled_macro_f1": numbers["pooled"]["macro_f1"]}
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -204,6 +214,8 @@ def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) 
             found = {f"fold.{init}.{name}": values[name] for name in METRICS if values[name] is not None}
             tracker.log_metrics(found, step=int(fold))
     tags = {"stamp": metrics["stamp"] or "none", "headline": metrics["headline"]}
+    # What an absent phase counts moves the numbers by tens of points: the convention stands beside them.
+    tags |= {"phases.convention": numbers["convention"] for numbers in metrics.get("phases", {}).values()}
     tracker.set_tags(tags)
     tracker.set_parent_tags(tags)
     for name in ("metrics.json", "details.json", "predictions.csv", "predictions_video.csv", "pictures"):

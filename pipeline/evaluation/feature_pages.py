@@ -31,8 +31,10 @@ class FeatureResults:
     numbers: Mapping[str, Mapping[str, Any]]
 
 
-def feature_results(items: Sequence[Item], splits: Splits, inits: Sequence[str], k: int) -> FeatureResults:
-    """Read features.npz of the items; an initialisation counts when all its folds have one.
+def feature_results(
+    items: Sequence[Item], splits: Splits, inits: Sequence[str], k: int, whole: Mapping[str, str] | None = None
+) -> FeatureResults:
+    """Read features.npz of the items; an initialisation counts when all its folds have one. `whole`: see `feature_numbers`.
 
     Raises:
         DataError: see `neighbors.read_features`.
@@ -46,7 +48,7 @@ def feature_results(items: Sequence[Item], splits: Splits, inits: Sequence[str],
         known = [one for one in found if one is not None]
         if known and len(known) == len(splits.folds):
             folds[init] = sorted(known, key=lambda one: one.fold)
-    return FeatureResults(folds, {init: feature_numbers(found, splits, k) for init, found in folds.items()})
+    return FeatureResults(folds, {init: feature_numbers(found, splits, k, whole) for init, found in folds.items()})
 
 
 def feature_section(
@@ -137,7 +139,7 @@ def _sentence(numbers: Mapping[str, Any], init: str, unit: str) -> str:
             f"({percent(numbers['same_patient_chance'])} by chance; {numbers['same_patient_videos']} videos whose {unit} has others)"
         )
     else:
-        parts.append(f"no {unit} has two videos, so it cannot be said whether {unit}s are recognised")
+        parts.append(f"no {unit} has two recordings, so it cannot be said whether {unit}s are recognised")
     if numbers["precision"] is not None:
         parts.append(
             f"of the {numbers['neighbors']} nearest training frames of a test frame, all of other {unit}s, "

@@ -116,7 +116,9 @@ def nearest(
     return found, values
 
 
-def feature_numbers(folds: Sequence[FoldFeatures], splits: Splits, k: int) -> dict[str, Any]:
+def feature_numbers(
+    folds: Sequence[FoldFeatures], splits: Splits, k: int, whole: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """How features agree with labels and with patients, over the test videos of all folds.
 
     `precision`: share of the k nearest training videos (always of other patients) of a test frame that have its label,
@@ -124,6 +126,9 @@ def feature_numbers(folds: Sequence[FoldFeatures], splits: Splits, k: int) -> di
     `same_patient`: share of test videos, among those whose patient has further videos, whose nearest video of the whole
     fold is of the same patient; `same_patient_chance`: for a blind draw. `silhouette_*`: mean silhouette (cosine) of the
     test videos grouped by label, and by patient. None where the data cannot define a number.
+
+    `whole` names the recording of videos that are stretches of one. Stretches of one recording look alike whoever is shown,
+    so for `same_patient` they are no neighbours of each other, and `silhouette_patient` is of the recordings' means.
     """
     counts: dict[str, list[float]] = {name: [0.0, 0.0, 0.0] for name in splits.classes}
     patient: list[tuple[float, float]] = []
@@ -131,12 +136,16 @@ def feature_numbers(folds: Sequence[FoldFeatures], splits: Splits, k: int) -> di
     for one in folds:
         labels = np.array([splits.labels[video] for video in one.videos])
         groups = np.array([splits.groups[video] for video in one.videos])
+        recordings = np.array([(whole or {}).get(video, video) for video in one.videos])
         for name, hits, chance in _label_hits(one, labels, k):
             counts[name] = [a + b for a, b in zip(counts[name], (hits, chance, 1.0), strict=True)]
         vectors = one.by_video()
-        patient += _patient_hits(vectors, groups, one.is_test)
-        for kind, names in (("label", labels), ("patient", groups)):
-            shapes[kind] += _silhouette(vectors[one.is_test], names[one.is_test], repeated=kind == "patient")
+        patient += _patient_hits(vectors, groups, recordings, one.is_test)
+        shapes["label"] += _silhouette(vectors[one.is_test], labels[one.is_test], repeated=False)
+        _, first, place = np.unique(recordings[one.is_test], return_index=True, return_inverse=True)
+        means = np.zeros((len(first), vectors.shape[1]), np.float32)
+        np.add.at(means, place, vectors[one.is_test])
+        shapes["patient"] += _silhouette(unit_rows(means), groups[one.is_test][first], repeated=True)
     per_class = {
         name: {
             "precision": hits / frames if frames else None, "precision_chance": chance / frames if frames else None,
@@ -171,15 +180,16 @@ def _label_hits(one: FoldFeatures, labels: np.ndarray, k: int) -> list[tuple[str
     return result
 
 
-def _patient_hits(vectors: np.ndarray, groups: np.ndarray, is_test: np.ndarray) -> list[tuple[float, float]]:
-    """(1 where the nearest other video is of the same patient, chance of that) of test videos that have such a video."""
+def _patient_hits(vectors: np.ndarray, groups: np.ndarray, recordings: np.ndarray, is_test: np.ndarray) -> list[tuple[float, float]]:
+    """(1 where the nearest video of another recording is of the same patient, chance of that) of test videos that have such a video."""
     similarity = vectors @ vectors.T
-    np.fill_diagonal(similarity, -np.inf)
     result = []
     for row in np.flatnonzero(is_test):
-        others = int((groups == groups[row]).sum()) - 1
-        if others:
-            result.append((float(groups[similarity[row].argmax()] == groups[row]), others / (len(groups) - 1)))
+        other = recordings != recordings[row]
+        same = int((groups[other] == groups[row]).sum())
+        if same:
+            found = np.where(other, similarity[row], -np.inf).argmax()
+            result.append((float(groups[found] == groups[row]), same / int(other.sum())))
     return result
 
 
