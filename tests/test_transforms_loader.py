@@ -123,6 +123,16 @@ def test_draw_view__stays_inside_and_keeps_its_promises(crop: str) -> None:
         assert {(v.left, v.top) for v in views} == {(12, 4)}
 
 
+def test_draw_view__small_crops_are_blurred_by_as_many_pixels() -> None:
+    """As published: 0.1 to 2 pixels for anchors of 224 and of 96 pixels alike; everything else of the view stays."""
+    params = AugmentationParams(blur=1.0)
+    for seed in range(20):
+        small, plain = (draw_view(params, np.random.default_rng(seed), (256, 256), 96, size) for size in (224, None))
+        large = draw_view(params, np.random.default_rng(seed), (256, 256), 224)
+        assert small.sigma == large.sigma == pytest.approx(plain.sigma * 224 / 96)
+        assert small._replace(sigma=0.0) == plain._replace(sigma=0.0)
+
+
 def test_draw_view__one_option_leaves_the_others_alone() -> None:
     """Sweeping the blur must not reshuffle crops and flips."""
     for seed in range(20):
@@ -153,7 +163,7 @@ def test_resize_frame__short_side_square_and_no_copy() -> None:
 
 @pytest.mark.parametrize(
     ("statistics", "mean", "std"),
-    [("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ("uscl", (0.5,) * 3, (0.25,) * 3)],
+    [("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ("uscl", (0.5,) * 3, (0.25,) * 3), ("half", (0.5,) * 3, (0.5,) * 3)],
 )
 def test_normalize__grey_fills_three_channels_colour_moves(statistics: str, mean: tuple, std: tuple) -> None:
     grey = torch.from_numpy(np.stack([picture(32, 32)] * 2))

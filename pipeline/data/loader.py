@@ -116,7 +116,7 @@ class ClipLoader:
             for k, number in enumerate(numbers):
                 frame = self.frames.frame(index, int(number))
                 if view is None or not rule.linked:
-                    view = frame_view(rule.augmentation, rng, frame, rule.size)
+                    view = frame_view(rule.augmentation, rng, frame, rule.size, plan.image_size)
                 render(frame, view, rule.size, out[role][row, k])
 
     def _submit(self, pool: ThreadPoolExecutor, pairs: np.ndarray, epoch: int) -> tuple[np.ndarray, dict[str, np.ndarray], list[Future[None]]]:

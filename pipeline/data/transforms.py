@@ -32,6 +32,7 @@ __all__ = [
 STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "uscl": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 
 
@@ -164,11 +165,16 @@ def _draw_look(augmentation: AugmentationParams, rng: np.random.Generator, size:
     )
 
 
-def draw_view(augmentation: AugmentationParams, rng: np.random.Generator, shape: tuple[int, int], size: int) -> View:
+def draw_view(
+    augmentation: AugmentationParams, rng: np.random.Generator, shape: tuple[int, int], size: int, image_size: int | None = None
+) -> View:
     """Draw one view of a working frame of `shape` (height, width) for images of `size` pixels.
 
     Always draws the same number of decisions behind the crop, so that switching one option leaves the others alone; the
     rarer options draw theirs behind those, and only where one of them is on.
+
+    `image_size` (None: `size`) is that of the method's ordinary views: the blur, 0.1 to 2 pixels at 224, is scaled to it, so
+    that small crops are blurred by as many pixels as large ones, as published (MSN, DINO).
     """
     left, top, width, height = _crop_box(augmentation, rng, shape, size)
     flip, jitter, blur, gain, offset, sigma = rng.random(6).tolist()
@@ -180,17 +186,19 @@ def draw_view(augmentation: AugmentationParams, rng: np.random.Generator, shape:
         flip=flip < augmentation.horizontal_flip,
         gain=1 + contrast * (2 * gain - 1) if linear else 1.0,
         offset=64 * brightness * (2 * offset - 1) if linear else 0.0,
-        sigma=(0.1 + 1.9 * sigma) * size / 224 if blur < augmentation.blur else 0.0,
+        sigma=(0.1 + 1.9 * sigma) * (image_size or size) / 224 if blur < augmentation.blur else 0.0,
         look=None if augmentation.plain else _draw_look(augmentation, rng, size, jittered),
     )
 
 
-def frame_view(augmentation: AugmentationParams, rng: np.random.Generator, frame: np.ndarray, size: int) -> View:
+def frame_view(
+    augmentation: AugmentationParams, rng: np.random.Generator, frame: np.ndarray, size: int, image_size: int | None = None
+) -> View:
     """Draw one view of a working frame: `draw_view`, inside its content where the black border is to be left out."""
     if not augmentation.optional.trim_border:
-        return draw_view(augmentation, rng, frame.shape[:2], size)
+        return draw_view(augmentation, rng, frame.shape[:2], size, image_size)
     left, top, width, height = content_box(frame)
-    view = draw_view(augmentation, rng, (height, width), size)
+    view = draw_view(augmentation, rng, (height, width), size, image_size)
     return view._replace(left=view.left + left, top=view.top + top)
 
 
