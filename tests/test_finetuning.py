@@ -19,6 +19,7 @@ from training_kit import CPU, ListTracker, make_config, make_project, make_run, 
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
+from pipeline.embed import embed, open_encoder
 from pipeline.errors import CheckpointError, ConfigError, DataError, LeakageError, PipelineError
 from pipeline.evaluation.neighbors import read_features
 from pipeline.models.backbones import build_backbone
@@ -143,6 +144,20 @@ def test_finetuning__cached_features_change_nothing(store: FrameStore, tmp_path:
     np.testing.assert_allclose(runs[0].predict("test").probabilities, runs[1].predict("test").probabilities, atol=1e-4)
     assert not make_finetuning(tmp_path, data, trainable="last_block", batchnorm="train").cached
     assert not make_finetuning(tmp_path, data, trainable="all").cached
+
+
+def test_finetuning__an_uncached_epoch_is_never_held_whole(store: FrameStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views are rendered a batch at a time, and what a batch shows depends on the frames alone: 4 videos x 5 frames in sixes and a two."""
+    run = make_finetuning(tmp_path, make_data(store), cached_views=0, frames_per_video=5, batch_size=6, epochs=1)
+    counts, render_views = [], run._render_views
+    monkeypatch.setattr(run, "_render_views", lambda items, epoch: counts.append(len(items)) or render_views(items, epoch))
+    batches = list(run._training_batches(3))
+    assert counts == [6, 6, 6, 2]
+    items = run._training_frames(3)
+    order = np.random.default_rng([0, 3]).permutation(20)
+    assert torch.equal(torch.cat([images for images, *_ in batches]), torch.from_numpy(render_views(items, 3))[order])
+    assert torch.equal(torch.cat([labels for _, labels, _ in batches]), run._labels(items)[order])
+    assert [count for *_, count in batches] == [4] * 4
 
 
 # --- weights, fractions, sampling -----------------------------------------------------------------------------------
@@ -345,6 +360,39 @@ def test_stage__random_needs_no_encoder_and_results_are_reused(project: Path) ->
     assert "reused" in run_finetune_stage(changed, "random", 0, 1), "pretraining does not concern the untrained network"
     card = json.loads((folder / "card.json").read_text())
     assert (card["pretrain_groups"], card["pretrain_scope"], card["method"]) == ([], "none", "random")
+
+
+def test_stage__features_are_those_of_embed_whatever_fine_tuning_does(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The encoder's own working size and statistics: a SimCLR encoder holds frames at 40 pixels, this fine-tuning at 32."""
+    own = {"crop": "center", "normalization": "uscl"}
+    config, splits = make_project(project, pretrain__method="simclr", finetune__epochs=1, finetune__augmentation=own)
+    write_encoder(project, config, splits)
+    run_finetune_stage(config, "pretrained", 0, 0)
+    said = capsys.readouterr().err
+    assert "finetune.augmentation.normalization is uscl, but the encoder was pretrained with imagenet" in said
+    found = read_features(project / "models/finetuned/pretrained-seed0-fold0/features.npz", splits.fold(0), splits)
+    embed(project / "data/frames/main", open_encoder(project / "models/encoders/fold0"), project / "out", frames_per_video=4)
+    table, vectors = pd.read_csv(project / "out/frames.csv", dtype=str), np.load(project / "out/frames.npy")
+    wanted = {(v, int(n)): row / np.linalg.norm(row) for v, n, row in zip(table["video"], table["frame"], vectors, strict=True)}
+    for owner, frame, vector in zip(found.owner, found.frame, found.vectors, strict=True):
+        np.testing.assert_allclose(vector, wanted[found.videos[owner], int(frame)], atol=2e-3)
+    card = project / "models/encoders/fold0/card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"normalization": "uscl"}))
+    assert ": done;" in run_finetune_stage(config, "pretrained", 0, 0), "other statistics, other features"
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_stage__card_holds_the_recipe_which_changes_no_reuse(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS)
+    write_encoder(project, config, splits, label_groups=["P1"], labelled_videos={"a": 1, "b": 0})
+    run_finetune_stage(config, "pretrained", 0, 0)
+    path = project / "models/finetuned/pretrained-seed0-fold0/card.json"
+    card = json.loads(path.read_text())
+    assert (card["finetune"]["epochs"], card["finetune"]["optimizer"]["name"], "seeds" in card["finetune"]) == (2, "adam", False)
+    assert (card["pretrain_label_groups"], card["pretrain_labelled_videos"]) == (["P1"], {"a": 1, "b": 0})
+    beside = project / "models/encoders/fold0/card.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"pretrain": {"epochs": 7}}))
+    assert "reused" in run_finetune_stage(config, "pretrained", 0, 0), "what else a card says determines nothing"
 
 
 def test_stage__selection_on_test_is_stamped(project: Path) -> None:

@@ -7,7 +7,8 @@ the trained layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ class Finetuning:
         self.optimizer = build_optimizer(params.optimizer, network)
         self.rows: list[dict[str, Any]] = []
         self.selected_epoch = 0
-        self._inputs: dict[str, tuple[list[tuple[int, int]], torch.Tensor]] = {}
+        self._inputs: dict[int, tuple[list[tuple[int, int]], torch.Tensor]] = {}
         self._held: dict[str, list[torch.Tensor]] = {}
 
     # --- inputs ------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class Finetuning:
             chosen += [(video, int(n)) for n in sorted(rng.choice(count, take, replace=False))]
         return chosen
 
-    def _render_views(self, items: list[tuple[int, int]], epoch: int) -> np.ndarray:
+    def _render_views(self, items: Sequence[tuple[int, int]], epoch: int) -> np.ndarray:
         """One augmented view of each frame: uint8 [N, size, size(, 3)]."""
         frames = self.data.frames
         out = np.empty((len(items), self.size, self.size, *frames.frame_shape), np.uint8)
@@ -151,18 +152,36 @@ class Finetuning:
             render(frame, frame_view(self.params.augmentation, rng, frame, self.size), self.size, out[row])
         return out
 
-    def _training_set(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(inputs of the trained part, labels) of an epoch; with cached views a pool drawn from `cached_views` rounds."""
-        turn = epoch % self.params.cached_views if self.cached else epoch
-        name = f"train{turn}"
-        if name not in self._inputs:
+    def _cached_inputs(self, turn: int) -> tuple[list[tuple[int, int]], torch.Tensor]:
+        """(frames, outputs of the frozen layers) of one of the `cached_views` rounds, computed once."""
+        if turn not in self._inputs:
             items = self._training_frames(turn)
-            inputs = self._constants(self._render_views(items, turn))
-            if not self.cached:
-                return inputs, self._labels(items)
-            self._inputs[name] = items, inputs
-        items, inputs = self._inputs[name]
-        return inputs, self._labels(items)
+            chunks = [self._constants(self._render_views(items[first : first + 64], turn)) for first in range(0, len(items), 64)]
+            self._inputs[turn] = items, torch.cat(chunks)
+        return self._inputs[turn]
+
+    def _training_batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """(inputs of the trained part, labels, number of batches) of every batch of an epoch, in random order.
+
+        What is not cached is rendered a batch ahead of its use, on a thread: an epoch of images never lies in memory.
+        """
+        items, inputs = self._cached_inputs(epoch % self.params.cached_views) if self.cached else (self._training_frames(epoch), None)
+        labels, order = self._labels(items), np.random.default_rng([self.seed, epoch]).permutation(len(items))
+        batches = [order[first : first + self.params.batch_size] for first in range(0, len(order), self.params.batch_size)]
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # Batch norm cannot normalise one sample; it joins the batch before it.
+            batches[-2:] = [np.concatenate(batches[-2:])]
+        if inputs is not None:
+            for rows in batches:
+                yield inputs[torch.from_numpy(rows).to(inputs.device)], labels[torch.from_numpy(rows).to(labels.device)], len(batches)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._render_views, [items[row] for row in batches[0]], epoch)
+            for number, rows in enumerate(batches, start=1):
+                images = self._constants(ahead.result())
+                if number < len(batches):
+                    ahead = pool.submit(self._render_views, [items[row] for row in batches[number]], epoch)
+                yield images, labels[torch.from_numpy(rows).to(labels.device)], len(batches)
 
     def _labels(self, items: list[tuple[int, int]]) -> torch.Tensor:
         return torch.tensor([int(self.data.labels[v]) for v, _ in items], device=self.device)
@@ -171,25 +190,22 @@ class Finetuning:
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         params = self.params
-        inputs, labels = self._training_set(epoch)
-        self.network.training_mode(epoch)
-        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(inputs))).to(self.device)
-        batches = list(order.split(params.batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            # Batch norm cannot normalise one sample; it joins the batch before it.
-            batches[-2:] = [torch.cat(batches[-2:])]
-        total, right, rate = 0.0, 0, params.optimizer.lr
-        for number, rows in enumerate(batches):
-            rate = apply_schedule(self.optimizer, params.optimizer, params.epochs, epoch + number / len(batches), len(batches))
-            logits = self._logits(inputs[rows.to(inputs.device)])
-            loss = F.cross_entropy(logits, labels[rows], weight=self.weights)
+        total, right, seen, rate = 0.0, 0, 0, params.optimizer.lr
+        for number, (inputs, labels, batches) in enumerate(self._training_batches(epoch)):
+            if number == 0:
+                # Behind the inputs, for which the frozen layers were in evaluation mode.
+                self.network.training_mode(epoch)
+            rate = apply_schedule(self.optimizer, params.optimizer, params.epochs, epoch + number / batches, batches)
+            logits = self._logits(inputs)
+            loss = F.cross_entropy(logits, labels, weight=self.weights)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             clip_gradients(self.optimizer, params.optimizer)
             self.optimizer.step()
-            total += float(loss.detach()) * len(rows)
-            right += int((logits.argmax(1) == labels[rows]).sum())
-        return {"train_loss": total / len(order), "train_accuracy": right / len(order), "learning_rate": rate}
+            seen += len(labels)
+            total += float(loss.detach()) * len(labels)
+            right += int((logits.argmax(1) == labels).sum())
+        return {"train_loss": total / seen, "train_accuracy": right / seen, "learning_rate": rate}
 
     def _judged(self, part: str, items: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """`_constants` of the central views of frames, 64 at a time; kept for the next epoch as long as they fit."""
