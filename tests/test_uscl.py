@@ -229,8 +229,10 @@ def test_problems__labels_that_are_missing() -> None:
     )
     (none,) = USCL.problems(USCLParams(), Setting("resnet18", 112, 32, "all", {}))
     assert "see labels of 0 (pretrain.scope: all passes no label of the main source on)" in none
-    (alone,) = USCL.check(USCLParams(), MethodContext(512, 1, 1, 1), 9)
-    assert alone.startswith("pretrain.batch_size = 1 with 9 videos: USCL has no negatives")
+    (alone,) = USCL.check(USCLParams(), MethodContext(512, 1, 1, 2), 1)
+    assert alone.startswith("1 video: USCL has no negatives")
+    (line,) = USCL.problems(USCLParams(), Setting("resnet18", 64, 1, "fold", None))
+    assert line.startswith("pretrain.batch_size: USCL contrasts the videos of a batch, and a forward pass has 1")
     assert USCL.check(USCLParams(), MethodContext(512, 1, 1, 32), 9) == []
 
 
@@ -259,19 +261,24 @@ def told(inputs: PretrainInputs) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("sources", [["main"], ["main", "more"], ["more", "main"], ["more"]])
-def test_targets__never_of_a_test_patient(project: Splits, sources: list[str]) -> None:
+def test_targets__never_of_a_test_or_validation_patient(project: Splits, sources: list[str]) -> None:
     for fold in (0, 1, 2):
         labels = told(opened(project, fold, pretrain__sources=sources))
-        tested = set(project.groups_of(project.fold(fold).test))
+        held = project.fold(fold).inner[0]
         assert labels
-        assert not tested & set(project.groups_of(labels))
+        assert not set(project.groups_of([*project.fold(fold).test, *held.validation])) & set(project.groups_of(labels))
         main = {video for video in labels if video in project.labels}
-        training = set(project.fold(fold).train)
-        assert main == training if "main" in sources else main < training
+        training = set(held.train)
+        assert main == training if "main" in sources else main <= training
         assert all(labels[video] == project.labels[video] for video in main)
         transductive = told(opened(project, fold, pretrain__sources=sources, pretrain__scope="all"))
         assert not set(project.groups_of(project.labels)) & set(project.groups_of(transductive)), "all main patients are tested somewhere"
         assert bool(transductive) == ("more" in sources)
+
+
+def test_targets__all_training_patients_where_no_part_is_for_validation(project: Splits) -> None:
+    bare = replace(project, folds=[replace(fold, inner=[]) for fold in project.folds])
+    assert set(told(opened(bare))) == set(bare.fold(0).train)
 
 
 def test_targets__only_for_methods_that_read_labels(project: Splits) -> None:
@@ -316,7 +323,7 @@ def test_card__says_how_many_labels_were_used(project: Splits, tmp_path: Path) -
     run.export(tmp_path / "out")
     card = json.loads((tmp_path / "out/card.json").read_text())
     assert card["labelled_videos"] == inputs.target_counts()
-    assert sum(card["labelled_videos"].values()) == math.ceil(0.7 * len(project.fold(0).train))
+    assert sum(card["labelled_videos"].values()) == math.ceil(0.7 * len(project.fold(0).inner[0].train))
     assert run.method.networks["classifier"].out_features == 2
 
 
@@ -331,10 +338,11 @@ def test_finetuning__knows_whose_labels_pretraining_read(project: Splits, tmp_pa
         stamps[share, weight] = json.loads((tmp_path / "models/finetuned/pretrained-seed0-fold0/card.json").read_text())["stamp"]
     assert stamps == {(1.0, 0.2): None, (0.5, 0.2): "encoder pretrained with labels beyond finetune.label_fraction", (0.5, 0.0): None}
     path = tmp_path / "models/encoders/fold0/card.json"
-    (tested, *_) = project.groups_of(project.fold(0).test)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"label_groups": [tested], "scope": "all"}))
-    with pytest.raises(LeakageError, match=f"pretraining read the labels of 1 test patients of fold 0, for example {tested}"):
-        run_finetune_stage(config, "pretrained", 0, 0)
+    for part, videos in (("test", project.fold(0).test), ("inner validation", project.fold(0).inner[0].validation)):
+        (group, *_) = project.groups_of(videos)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"label_groups": [group], "scope": "all"}))
+        with pytest.raises(LeakageError, match=f"pretraining read the labels of 1 {part} patients of fold 0, for example {group}"):
+            run_finetune_stage(config, "pretrained", 0, 0)
 
 
 def test_stage__without_usable_labels_ends_before_anything_is_computed(project: Splits, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,13 @@ def _encoder_card(init: str, fold: Fold, splits: Splits) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{folder / 'card.json'}: lacks {', '.join(missing)}. Run the pretrain stage again.")
     tested = set(splits.groups_of(fold.test))
-    if told := sorted(set(card.get("label_groups", [])) & tested):
-        raise LeakageError(
-            f"{folder}: pretraining read the labels of {len(told)} test patients of fold {fold.fold}, for example {told[0]}. Run the "
-            f"pretrain stage again."
-        )
+    validated = set(splits.groups_of(fold.inner[0].validation)) if fold.inner else set()
+    for name, patients in (("test", tested), ("inner validation", validated)):
+        if told := sorted(set(card.get("label_groups", [])) & patients):
+            raise LeakageError(
+                f"{folder}: pretraining read the labels of {len(told)} {name} patients of fold {fold.fold}, for example {told[0]}. Run the "
+                f"pretrain stage again."
+            )
     shared = sorted(set(card["groups"]) & tested)
     if shared and card["scope"] == "fold":
         raise LeakageError(
@@ -75,7 +78,19 @@ def _extras_file(weights: str) -> Path:
     return Path(weights).with_name("extras.safetensors")
 
 
-def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: dict[str, list[str]], digest: str) -> str:
+def _encoder_views(config: Config, encoder: dict[str, Any]) -> tuple[int, str, str]:
+    """Working size, resize mode and normalisation of the pictures in features.npz: the encoder's own, of its card (`sonoscope
+    embed` takes the same); those of fine-tuning for the untrained network, which no pretraining concerns."""
+    own, size = config.finetune.augmentation, config.pretrain.image_size
+    if not encoder:
+        return working_size(own, size), own.resize, own.normalization
+    resize = encoder.get("parameters", {}).get("augmentation", {}).get("resize", "short_side")
+    return encoder.get("working_size", size), resize, encoder.get("normalization", own.normalization)
+
+
+def _fingerprint(
+    config: Config, splits: Splits, init: str, seed: int, parts: dict[str, list[str]], digest: str, views: tuple[int, str, str]
+) -> str:
     """Everything that determines the predictions; for `random` that is independent of pretraining."""
     code = code_digest(
         "training/finetune.py", "training/finetune_stage.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
@@ -88,7 +103,7 @@ def _fingerprint(config: Config, splits: Splits, init: str, seed: int, parts: di
     shared = (config.pretrain.backbone, config.pretrain.image_size, config.launch.device)
     files = [Path(digest), _extras_file(digest)] if digest else []
     encoder = [hash_file(path) for path in files if path.is_file()] or f"random {config.pretrain.seed}"
-    return fingerprint(finetune, shared, labels, parts, splits.classes, splits.manifest_digest, code, init, seed, encoder)
+    return fingerprint(finetune, shared, labels, parts, splits.classes, splits.manifest_digest, code, init, seed, encoder, views)
 
 
 def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -> str:
@@ -107,7 +122,10 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
     parts = _parts(config, splits, fold)
     encoder = _encoder_card(init, fold, splits)
     weights = f"models/encoders/fold{fold_number}/encoder.safetensors" if encoder else ""
-    key = _fingerprint(config, splits, init, seed, parts, weights)
+    trained, used = encoder.get("normalization"), config.finetune.augmentation.normalization
+    if trained and trained != used:
+        print(f"warning: finetune.augmentation.normalization is {used}, but the encoder was pretrained with {trained}; use the same", file=sys.stderr)
+    key = _fingerprint(config, splits, init, seed, parts, weights, _encoder_views(config, encoder))
     output = Path(f"models/finetuned/{init}-seed{seed}-fold{fold_number}")
     done = scratch_folder("finetune", key) / "result"
     item = f"{init} fold {fold_number} seed {seed}"
@@ -126,6 +144,7 @@ def run_finetune_stage(config: Config, init: str, seed: int, fold_number: int) -
         # What belongs to the encoder of this run and not to the shared result.
         card = read_json(output / "card.json") | _encoder_facts(encoder)
         card["preprocessing"] = input_facts(config, config.finetune.augmentation)
+        card["finetune"] = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})
         write_json(output / "card.json", card)
         _log_result(output, tracker)
         table = about(find_weights(output))
@@ -150,6 +169,7 @@ def _encoder_facts(encoder: dict[str, Any]) -> dict[str, Any]:
     start = encoder.get("init_format") or encoder.get("init", "random")
     return {
         "pretrain_init": f"{start} file" if encoder.get("init") == "weights file" else start,
+        "pretrain_labelled_videos": encoder.get("labelled_videos", {}), "pretrain_label_groups": encoder.get("label_groups", []),
         "pretrain_groups": encoder.get("groups", []), "pretrain_scope": encoder.get("scope", "none"),
         "method": pretraining_name(encoder.get("method", "random"), encoder.get("init", "random")),
         "encoder_fingerprint": encoder.get("fingerprint"),
@@ -204,10 +224,11 @@ def _finetune(
         load_trunk(backbone, read_state_dict(Path(weights), "models/encoders"), weights, "models/encoders")
         beside = _extras_file(weights)
         extras = read_state_dict(beside, "models/encoders") if beside.is_file() else {}
-    # Before the network changes: the report's map and neighbours show what the encoder itself sees.
+    # Before the network changes: the report's map and neighbours show what the encoder itself sees, prepared as in its pretraining.
+    working, mode, normalization = _encoder_views(config, encoder)
     write_features(
-        folder / "features.npz", backbone.to(device), frames, range(len(refs)), size=size, device=device,
-        normalization=params.augmentation.normalization,
+        folder / "features.npz", backbone.to(device), FrameCache(refs, working, mode=mode, budget_mb=0), range(len(refs)), size=size,
+        device=device, normalization=normalization,
     )
     network = Classifier(
         backbone, config.pretrain.backbone, features, len(splits.classes), head=params.head, trainable=params.trainable,

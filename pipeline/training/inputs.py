@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.config import Config, fingerprint
 from pipeline.data.frames import VideoRef, gather_videos
-from pipeline.data.splits import Splits
+from pipeline.data.splits import Fold, Splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.files import hash_file
@@ -77,15 +77,20 @@ def _pretrain_fingerprint(config: Config, videos: Sequence[VideoRef], targets: S
     return fingerprint(pretrain, config.method_params, extract, config.launch.device, code, weights, content, targets)
 
 
+def _told(fold: Fold) -> list[str]:
+    """Videos of a fold's training patients without the inner validation part, where there is one."""
+    return fold.inner[0].train if fold.inner else fold.train
+
+
 def _permitted_labels(splits: Splits, fold: int | None, videos: Sequence[VideoRef]) -> list[str]:
     """Label of each video that pretraining may know, empty where none.
 
-    Main source: labels of the fold's training videos, none without a fold. Further sources: what their tables say, but never
-    of a patient whose main videos are tested with this encoder (without a fold these are all of them).
+    Main source: labels of the videos that fine-tuning trains on, not those of the inner validation part, so that an epoch is
+    chosen on patients whose labels no part of the network knows; none without a fold. Further sources: what their tables say,
+    but never of a patient with other labelled main videos (without a fold these are all of them).
     """
-    training = set() if fold is None else set(splits.fold(fold).train)
-    tested = set(splits.labels) - training
-    closed = set(splits.groups_of(tested))
+    training = set() if fold is None else set(_told(splits.fold(fold)))
+    closed = set(splits.groups_of(set(splits.labels) - training))
     main = {*splits.labels, *splits.unlabelled}
     own = {video: splits.labels[video] for video in training}
     return [
