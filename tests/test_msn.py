@@ -112,11 +112,28 @@ def test_sinkhorn__an_unused_column_stays_unused() -> None:
 
 
 def test_patches__depend_on_the_images_number_alone() -> None:
-    both = draw_patches(16, 9, [0.25, 0.75])
-    assert torch.equal(both[1], draw_patches(16, 9, [0.75])[0])
+    both = draw_patches(16, 9, torch.tensor([0.25, 0.75]))
+    assert torch.equal(both[1], draw_patches(16, 9, torch.tensor([0.75]))[0])
     assert sorted(set(both[0].tolist())) == sorted(both[0].tolist())
     assert both[0].tolist() != both[1].tolist()
     assert [kept_patches(196, drop) for drop in (0.15, 0.3, 0.5, 0.7, 0.9)] == [166, 137, 98, 58, 19]
+
+
+def test_patches__every_patch_and_every_pair_equally_often() -> None:
+    """Drawn without a generator and without reading a number back (no `tolist`), which would make a GPU wait."""
+    seeds = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    kept = draw_patches(9, 4, seeds)
+    seen = torch.zeros(len(seeds), 9).scatter_(1, kept, 1.0)
+    assert (seen.sum(1) == 4).all()
+    pairs = seen.T @ seen / len(seeds)
+    assert (pairs.diagonal() - 4 / 9).abs().max() < 0.015
+    assert (pairs[~torch.eye(9, dtype=bool)] - 4 / 9 * 3 / 8).abs().max() < 0.015
+    places = torch.stack([(kept == patch).float().mean(0) for patch in range(9)])
+    assert (places - 1 / 9).abs().max() < 0.01, "the order is random as well"
+    assert torch.equal(draw_patches(9, 4, torch.tensor([1.0, 0.0])), draw_patches(9, 4, torch.tensor([1.0, 0.0])))
+    assert draw_patches(784, 235, seeds[:3]).shape == (3, 235)
+    with torch.device("meta"):
+        assert draw_patches(9, 4, torch.empty(5)).device.type == "meta"
 
 
 def test_class_token__from_all_patches_is_the_plain_forward_pass() -> None:
@@ -215,6 +232,10 @@ def test_pretraining__resumes_exactly_and_exports_the_target(store: FrameStore, 
         make_run(config, store, tmp_path / "parts").train(StopAfter(3))
     parts = make_run(config, store, tmp_path / "parts")
     parts.train(never())
+    again = make_run(config, store, tmp_path / "parts")
+    again.train(never())  # killed before the export: the last average is made once, not twice
+    for name, value in parts.method.networks.state_dict().items():
+        assert torch.equal(again.method.networks.state_dict()[name], value), name
     assert parts.rows == whole.rows
     for name, value in whole.method.networks.state_dict().items():
         assert torch.equal(parts.method.networks.state_dict()[name], value), name
@@ -224,3 +245,8 @@ def test_pretraining__resumes_exactly_and_exports_the_target(store: FrameStore, 
     target, trained = (whole.method.networks[name].state_dict()["blocks.0.mlp.fc1.weight"] for name in ("key_backbone", "backbone"))
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], target)
     assert not torch.equal(target, trained)
+    steps = 2 * whole.context.steps_per_epoch
+    saved = torch.load(sorted((tmp_path / "parts").glob("state-*.pt"))[-1], weights_only=True)["networks"]
+    before, rate = saved["key_backbone.blocks.0.mlp.fc1.weight"], linear_momentum(whole.method.params, steps - 1, steps)
+    torch.testing.assert_close(target, rate * before + (1 - rate) * trained)
+    assert not torch.equal(target, before), "the last step reaches the average"

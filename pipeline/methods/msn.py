@@ -22,6 +22,7 @@ from pipeline.methods.base import (
     Setting,
     StepOutput,
     ViewRule,
+    full_precision,
     slow_twin_warning,
 )
 from pipeline.models.catalog import describe, names, size_problem
@@ -48,7 +49,7 @@ DROP_BY_WIDTH = {192: 0.15, 384: 0.15, 768: 0.3, 1024: 0.6}
 
 
 class MSNParams(MethodParams):
-    """Parameters of MSN; defaults are those of the only published recipe (ViT-S/16)."""
+    """Parameters of MSN; architecture and loss default to the only published recipe (ViT-S/16), the augmentation to ultrasound's."""
 
     augmentation: AugmentationParams = Field(
         default_factory=lambda: AugmentationParams(
@@ -75,9 +76,9 @@ class MSNParams(MethodParams):
     embedding_dim: int = Field(256, ge=2)
     temperature: float = Field(0.1, gt=0)
     """tau, of anchors and targets."""
-    sharpen: float = Field(0.25, gt=0)
-    """T, of targets, at the start."""
-    sharpen_end: float = Field(0.25, gt=0)
+    sharpen: float = Field(0.25, gt=0, le=1)
+    """T, of targets, at the start; above 1 it would flatten them."""
+    sharpen_end: float = Field(0.25, gt=0, le=1)
     sinkhorn_iterations: int = Field(3, ge=0)
     """Rounds that balance the use of the prototypes by the targets; 0 for off."""
     me_max_weight: float = Field(1.0, ge=0)
@@ -174,11 +175,17 @@ class MSN(Method):
                 rate = linear_momentum(self.params, progress.step - 1, steps)
                 momentum.ema_update(self.networks[f"key_{part}"], self.networks[part], rate)
 
+    def finish(self, progress: Progress) -> None:
+        self.before_step(progress)
+
+    def compile(self) -> None:
+        self.networks["backbone"].blocks.compile()  # `patches.class_token` calls the parts, since some patches are left out
+
     def embed(self, images: torch.Tensor, kept: torch.Tensor | None = None, prefix: str = "") -> torch.Tensor:
         """Head outputs, not normalised. [B, 3, H, W], patches kept int64 [B, n] or None -> [B, D], float32 (float64 stays)."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             raw = self.networks[f"{prefix}head"](patches.class_token(self.networks[f"{prefix}backbone"], images, kept))
-        return raw.float() if raw.dtype == torch.bfloat16 else raw
+        return full_precision(raw)
 
     def _kept(self, images: torch.Tensor, seeds: torch.Tensor, drop: float, progress: Progress) -> torch.Tensor | None:
         """Patches each image keeps, int64 [B, n], or None for all. seeds: [B], one number in [0, 1) an image."""
@@ -189,7 +196,7 @@ class MSN(Method):
             return None
         if self.params.shared_mask:
             return self.permutation(total, progress)[:keep].expand(len(images), -1).to(images.device)
-        return patches.draw_patches(total, keep, seeds.tolist()).to(images.device)
+        return patches.draw_patches(total, keep, seeds)
 
     def embed_anchors(self, batch: ClipBatch, progress: Progress) -> torch.Tensor:
         """Random anchors in one pass, focal anchors in another, so that batch norm never mixes them. -> [V * B, D], view by view."""

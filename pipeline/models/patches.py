@@ -5,8 +5,6 @@ Dropped patches are not processed at all (no mask token), as in Masked Siamese N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -18,20 +16,34 @@ def kept_patches(patches: int, drop: float) -> int:
     return int(patches * (1.0 - drop))
 
 
-def draw_patches(patches: int, keep: int, seeds: Sequence[float]) -> torch.Tensor:
-    """Random patches of each image, a pure function of its number in [0, 1). -> int64 [len(seeds), keep] on the CPU."""
-    rows = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(int(seed * 2**24))
-        rows.append(torch.randperm(patches, generator=generator)[:keep])
-    return torch.stack(rows)
+def _mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """A bijection of the integers below 2^32 that looks random (Wellons, "Hash Prospector"); int64, products below 2^63."""
+    numbers = ((numbers ^ (numbers >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    numbers = ((numbers ^ (numbers >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return numbers ^ (numbers >> 15)
+
+
+def draw_patches(patches: int, keep: int, seeds: torch.Tensor) -> torch.Tensor:
+    """Random patches of each image, a pure function of its number in [0, 1), equal on every device.
+
+    Integer keys are sorted where the numbers lie: a generator for each image would make a GPU wait for the CPU in every step.
+
+    Args:
+        seeds: float32 [B].
+
+    Returns:
+        int64 [B, keep], on the device of `seeds`.
+    """
+    image = _mixed((seeds * 2**24).long())
+    keys = _mixed((image[:, None] + torch.arange(patches, device=seeds.device)) & 0xFFFFFFFF)
+    return keys.argsort(dim=1)[:, :keep]
 
 
 def class_token(vit: nn.Module, images: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
     """Class token behind the final norm, computed from the patches `kept` only (None: all).
 
     Args:
-        vit: `pipeline.models.backbones.ClassTokenViT`. images: [B, 3, H, W]. kept: int64 [B, n], patch numbers of each image.
+        vit: `pipeline.models.vit.ClassTokenViT`. images: [B, 3, H, W]. kept: int64 [B, n], patch numbers of each image.
 
     Returns:
         [B, F].
