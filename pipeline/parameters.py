@@ -179,6 +179,22 @@ class OptimizerParams(Section):
     per_epoch: bool = False
     """Change the rate once an epoch (as the published recipes do) instead of every step."""
 
+    @model_validator(mode="after")
+    def _falls(self) -> OptimizerParams:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g}), so the rate would rise; allowed: 0 to lr")
+        return self
+
+    def length_problem(self, epochs: int) -> str | None:
+        """Why this schedule does not fit into so many epochs, or None."""
+        flat = self.constant_epochs if self.schedule == "cosine" else 0
+        if self.warmup_epochs + flat <= epochs:
+            return None
+        return (
+            f"optimizer: warmup_epochs ({self.warmup_epochs:g}) and constant_epochs ({flat}) take longer than all epochs ({epochs}); "
+            f"lower them or raise epochs"
+        )
+
 
 class RandAugmentParams(Section):
     """RandAugment without inversion, posterisation and solarisation (arXiv 1909.13719; MSN's phase recognition)."""
@@ -234,11 +250,11 @@ class AugmentationParams(Section):
     grayscale: float = Field(0.0, ge=0, le=1)
     """Colour images: probability that the colour is taken away."""
     blur: float = Field(0.3, ge=0, le=1)
-    """Probability of a Gaussian blur, sigma 0.1 to 2 pixels at 224 pixels and in proportion below."""
+    """Probability of a Gaussian blur, sigma 0.1 to 2 pixels at an image size of 224 and in proportion below (small crops: as the image)."""
     solarize: float = Field(0.0, ge=0, le=1)
     """Probability that levels of 128 and above are inverted (BYOL)."""
-    normalization: Literal["imagenet", "uscl"] = "imagenet"
-    """`imagenet`: mean .485 .456 .406, std .229 .224 .225; `uscl`: mean 0.5, std 0.25."""
+    normalization: Literal["imagenet", "uscl", "half"] = "imagenet"
+    """`imagenet`: mean .485 .456 .406, std .229 .224 .225; `uscl`: mean 0.5, std 0.25; `half`: both 0.5 (most ViTs of timm)."""
     optional: OptionalViewParams = Field(default_factory=OptionalViewParams)
 
     @property
@@ -303,7 +319,16 @@ class PretrainParams(Section):
     def _divides(self) -> PretrainParams:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
+        if line := self.optimizer.length_problem(self.epochs):
+            raise ValueError(line)
         return self
+
+    @field_validator("init_allow_missing")
+    @classmethod
+    def _named(cls, value: list[str]) -> list[str]:
+        if not all(name.strip(". ") for name in value):
+            raise ValueError(f"must be names of parts, e.g. [norm]; got {value} (an empty name would mean everything)")
+        return value
 
 
 class FinetuneParams(Section):
@@ -346,6 +371,12 @@ class FinetuneParams(Section):
         if not value or len(set(value)) < len(value):
             raise ValueError(f"must hold at least one value and none twice; got {value}")
         return value
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> FinetuneParams:
+        if line := self.optimizer.length_problem(self.epochs):
+            raise ValueError(line)
+        return self
 
 
 class EvaluateParams(Section):

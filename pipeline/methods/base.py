@@ -33,7 +33,7 @@ else:
 
 __all__ = [
     "ClipBatch", "Method", "MethodContext", "MethodParams", "MomentumMethod", "PairMethod", "PairParams", "Progress",
-    "Setting", "StepOutput", "ViewRule", "slow_twin_warning",
+    "Setting", "StepOutput", "ViewRule", "full_precision", "slow_twin_warning",
 ]
 
 
@@ -42,6 +42,10 @@ class MethodParams(Section):
 
     augmentation: AugmentationParams = Field(default_factory=AugmentationParams)
     """How each drawn frame becomes a view."""
+
+    def suited(self, backbone: str, image_size: int) -> MethodParams:
+        """These parameters with `auto` values that depend on the backbone written out."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,11 @@ class Method:
         return 0.0
 
     @classmethod
+    def leaves_pyramid(cls, params: Any) -> bool:
+        """Whether `exports` holds the pyramid and projectors that the fine-tuning heads `hico_*` continue from."""
+        return False
+
+    @classmethod
     def draw(cls, params: Any, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One sample: role -> int64 [K] frame indices, each of which becomes one augmented view (`views` says how).
 
@@ -155,7 +164,7 @@ class Method:
         """
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             raw = self.networks[f"{prefix}head"](self.networks[f"{prefix}backbone"](images))
-        return raw.float() if raw.dtype == torch.bfloat16 else raw
+        return full_precision(raw)
 
     def encode(self, images: torch.Tensor, prefix: str = "") -> torch.Tensor:
         """`project` with rows of unit length (epsilon 1e-12)."""
@@ -184,6 +193,14 @@ class Method:
 
     def before_step(self, progress: Progress) -> None:
         """Called once before each optimiser step's first micro-batch (momentum averages)."""
+
+    def finish(self, progress: Progress) -> None:
+        """Called once behind the last optimiser step, with the progress of the step that would follow, on a state that no
+        checkpoint holds: where an average is exported, the part of it that `before_step` would have added."""
+
+    def compile(self) -> None:
+        """Compile the trunk in place (pretrain.compile); a method that calls parts of it compiles those."""
+        self.networks["backbone"].compile()
 
     def step(self, batch: ClipBatch, progress: Progress) -> StepOutput:
         """Loss of one micro-batch."""
@@ -245,6 +262,11 @@ class PairMethod(Method):
         """Outputs of trunk and head for the first and the second view, [B, D] each."""
         images = batch.frames["view"]
         return self.project(images[:, 0], prefix), self.project(images[:, 1], prefix)
+
+
+def full_precision(rows: torch.Tensor) -> torch.Tensor:
+    """bfloat16 as float32, anything else as it is."""
+    return rows.float() if rows.dtype == torch.bfloat16 else rows
 
 
 def slow_twin_warning(key: str, momentum: float, steps: int, rising: bool = False) -> list[str]:

@@ -14,7 +14,9 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.data import clips
-from pipeline.methods.base import ClipBatch, Method, MethodContext, MethodParams, Progress, Setting, StepOutput, ViewRule
+from pipeline.methods.base import (
+    ClipBatch, Method, MethodContext, MethodParams, Progress, Setting, StepOutput, ViewRule, full_precision,
+)
 from pipeline.models import catalog
 from pipeline.registry import METHODS, LazyModule
 
@@ -102,6 +104,10 @@ class HiCo(Method):
         return 0.0 if params.objective == "self" else params.label_fraction
 
     @classmethod
+    def leaves_pyramid(cls, params: HiCoParams) -> bool:
+        return params.objective != "supervised"
+
+    @classmethod
     def draw(cls, params: HiCoParams, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return clips.draw_pair(params.pair, num_frames, rng)
 
@@ -137,6 +143,10 @@ class HiCo(Method):
             f"{weights / 1e6:.0f} million weights, several times the trunk. `gap` needs {len(params.maps()) * levels.WIDTH**2 / 1e6:.1f} million."
         ]
 
+    def compile(self) -> None:
+        for stage in ("layer1", "layer2", "layer3", "layer4"):  # `levels.stage_maps` calls them one by one
+            getattr(self.networks["backbone"], stage).compile()
+
     def exports(self) -> dict[str, torch.Tensor]:
         """Pyramid, level projectors and classifier."""
         return {name: value for name, value in self.networks.state_dict().items() if not name.startswith("backbone.")}
@@ -154,8 +164,7 @@ class HiCo(Method):
             logits = None
             if params.objective != "self":
                 logits = networks["classifier"](levels.pooled(stages) if params.classifier_input == "pooled" else found["global"])
-        exact = {level: rows.float() if rows.dtype == torch.bfloat16 else rows for level, rows in found.items()}
-        return exact, logits.float() if logits is not None and logits.dtype == torch.bfloat16 else logits
+        return {level: full_precision(rows) for level, rows in found.items()}, None if logits is None else full_precision(logits)
 
     def contrast(self, views: list[dict[str, torch.Tensor]], videos: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """mu peer + (1 - mu) cross of raw embeddings over the global batch, and its terms; adds to the chance loss.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput
+from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput, slow_twin_warning
 from pipeline.registry import METHODS, LazyModule
 
 if TYPE_CHECKING:
@@ -57,12 +57,7 @@ class MoCo(MomentumMethod):
     @classmethod
     def check(cls, params: MoCoParams, context: MethodContext, videos: int) -> list[str]:
         steps = context.epochs * context.steps_per_epoch
-        warnings = []
-        if 1 - params.momentum**steps < 0.5:
-            warnings.append(
-                f"methods.moco.momentum = {params.momentum}: in {steps} steps the key network moves only "
-                f"{1 - params.momentum**steps:.0%} of the way to the query network. Consider {max(0.9, round(1 - 5 / steps, 3))}."
-            )
+        warnings = slow_twin_warning("methods.moco.momentum", params.momentum, steps)
         if params.queue_size > steps * context.global_batch:
             warnings.append(
                 f"methods.moco.queue_size = {params.queue_size} is larger than the {steps * context.global_batch} keys of the whole run; "

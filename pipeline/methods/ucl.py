@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.data import clips
-from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput
+from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput, slow_twin_warning
 from pipeline.parameters import AugmentationParams
 from pipeline.registry import METHODS, LazyModule
 
@@ -152,14 +152,7 @@ class UCL(MomentumMethod):
     @classmethod
     def check(cls, params: UCLParams, context: MethodContext, videos: int) -> list[str]:
         steps = context.epochs * context.steps_per_epoch
-        warnings = []
-        moved = 1 - params.momentum**steps
-        if moved < 0.5:
-            better = max(0.9, round(1 - 5 / max(steps, 1), 3))
-            warnings.append(
-                f"methods.ucl.momentum = {params.momentum}: in {steps} steps the key network moves only {moved:.0%} of the way to "
-                f"the query network, so positives stay close to the initialisation. Consider momentum {better}."
-            )
+        warnings = slow_twin_warning("methods.ucl.momentum", params.momentum, steps)
         if params.cross_only_epochs >= context.epochs:
             warnings.append(
                 f"methods.ucl.cross_only_epochs = {params.cross_only_epochs} is not below pretrain.epochs = {context.epochs}: the "

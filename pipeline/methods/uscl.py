@@ -14,7 +14,9 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.data import clips
-from pipeline.methods.base import ClipBatch, Method, MethodContext, MethodParams, Progress, Setting, StepOutput, ViewRule
+from pipeline.methods.base import (
+    ClipBatch, Method, MethodContext, MethodParams, Progress, Setting, StepOutput, ViewRule, full_precision,
+)
 from pipeline.registry import METHODS, LazyModule
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class USCLParams(MethodParams):
     classifier_input: Literal["representation", "projection"] = "representation"
     """What the linear classifier reads: the pooled features (the paper's figure) or the projection (the published program)."""
     label_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the labelled training videos whose labels are used."""
+    """Share of the labelled training videos (without inner validation patients) whose labels are used."""
     bn_views: Literal["separate", "joint"] = "separate"
     """Batch-norm statistics of each view by itself, as published, or of both together."""
     pair: clips.PairParams = Field(default_factory=clips.PairParams)
@@ -99,27 +101,29 @@ class USCL(Method):
 
     @classmethod
     def problems(cls, params: USCLParams, setting: Setting) -> list[str]:
+        alone = (
+            "pretrain.batch_size: USCL contrasts the videos of a batch, and a forward pass has 1, for which its loss is constantly 0. Use "
+            "at least 2 samples for each of pretrain.accumulate, better 32."
+        )
+        lines = [alone] if setting.batch_size < 2 else []
         if params.supervised_weight == 0 or setting.labelled is None:
-            return []
+            return lines
         known = [name for name, count in setting.labelled.items() if count]
         if len(known) > 1:
-            return []
+            return lines
         why = " (pretrain.scope: all passes no label of the main source on)" if setting.scope == "all" else ""
         line = (
             f"methods.uscl.supervised_weight: {params.supervised_weight:g} needs labelled videos of at least 2 classes, and pretraining may "
             f"see labels of {len(known)}{f': {known[0]}' if known else ''}{why}. Give a labels table, raise methods.uscl.label_fraction "
             f"(now {params.label_fraction:g}), or set supervised_weight to 0 to train without labels."
         )
-        return [line]
+        return [*lines, line]
 
     @classmethod
     def check(cls, params: USCLParams, context: MethodContext, videos: int) -> list[str]:
-        if min(videos, context.global_batch) >= 2:
+        if videos >= 2:
             return []
-        line = (
-            f"pretrain.batch_size = {context.global_batch} with {videos} videos: USCL has no negatives, its contrastive loss is "
-            f"constantly 0. Use at least 2 videos a batch, better 32."
-        )
+        line = f"{videos} video: USCL has no negatives, its contrastive loss is constantly 0. Use at least 2 videos, better many more."
         return [line]
 
     def chance_loss(self, progress: Progress) -> float | torch.Tensor:
@@ -134,8 +138,7 @@ class USCL(Method):
             logits = None
             if params.supervised_weight > 0:
                 logits = networks["classifier"](features if params.classifier_input == "representation" else projection)
-        exact = [None if x is None else x.float() if x.dtype == torch.bfloat16 else x for x in (features, projection, logits)]
-        return exact[0], exact[1], exact[2]  # type: ignore[return-value]
+        return full_precision(features), full_precision(projection), None if logits is None else full_precision(logits)
 
     def objective(
         self, projections: list[torch.Tensor], logits: list[torch.Tensor] | None, labels: torch.Tensor, videos: torch.Tensor
