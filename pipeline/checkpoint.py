@@ -121,6 +121,20 @@ def _named_tensors(raw: Mapping[Any, Any], outer: str = "") -> Iterator[tuple[st
             yield from _named_tensors(value, f"{outer}{name}.")
 
 
+def _demand_stored(path: Path, key: str) -> None:
+    """Refuse a torch file that would grow in memory: torch stores its entries as they are; a small file may inflate to any size."""
+    if not zipfile.is_zipfile(path):
+        return  # the format before torch 1.6
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(
+            f"{key}: {path.name} is refused: its entries are compressed or overlap, which torch.save never does, and could fill all "
+            f"memory. Save it again with torch.save, or as a safetensors file."
+        )
+
+
 def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.Tensor]:
     """Tensors of a weights file: safetensors, or a torch file read with weights-only loading.
 
@@ -135,9 +149,12 @@ def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.T
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
+        _demand_stored(path, key)
         # Files of DINO hold the program's options: an object with nothing but values, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             raw = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{key}: {path.name} is refused: it holds Python objects that would run code when loaded, or is not a torch file. "

@@ -24,7 +24,8 @@ from pipeline.models.vit import resample_positions, vit_stages
 
 TIMM = {
     "vit_tiny": "vit_tiny_patch16_224", "vit_small": "vit_small_patch16_224", "vit_small_8": "vit_small_patch8_224",
-    "vit_base": "vit_base_patch16_224", "vit_large": "vit_large_patch16_224", "dinov2_small": "vit_small_patch14_dinov2",
+    "vit_base": "vit_base_patch16_224", "vit_base_8": "vit_base_patch8_224", "vit_base_32": "vit_base_patch32_224",
+    "vit_large": "vit_large_patch16_224", "vit_large_32": "vit_large_patch32_224", "dinov2_small": "vit_small_patch14_dinov2",
     "dinov2_base": "vit_base_patch14_dinov2", "dinov2_large": "vit_large_patch14_dinov2",
 }
 
@@ -36,7 +37,9 @@ def test_catalog__says_what_is_built(name: str) -> None:
     with torch.device("meta"):
         network = build_trunk(info, 224)
         if info.family == "vit":
-            theirs = timm.create_model(TIMM[name], num_classes=0, img_size=224).state_dict()
+            # MSN's own patches of 4 and 7 pixels are sizes of timm's larger ones.
+            own = {} if name in TIMM else {"patch_size": info.patch_size}
+            theirs = timm.create_model(TIMM.get(name, TIMM[name.rpartition("_")[0]] if own else ""), num_classes=0, img_size=224, **own).state_dict()
         else:
             theirs = getattr(torchvision.models, name if name != "resnet10" else "resnet18")().state_dict()
     ours = network.state_dict()

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,3 +231,17 @@ def test_alone_in__a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     lines = second.stdout.splitlines()
     assert lines[0].startswith("another process computes the same result") and lines[1] == "in"
     assert float(first.communicate()[0].splitlines()[-1]) <= float(lines[-1])
+
+
+def test_read_state_dict__files_that_would_grow_in_memory(tmp_path: Path) -> None:
+    """A megabyte of zeros in a file of a few kB: torch itself never compresses."""
+    torch.save({"conv1.weight": torch.zeros(2**18)}, tmp_path / "plain.pth")
+    assert read_state_dict(tmp_path / "plain.pth")["conv1.weight"].shape == (2**18,)
+    with zipfile.ZipFile(tmp_path / "plain.pth") as given, zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in given.infolist():
+            packed.writestr(entry.filename, given.read(entry))
+    assert (tmp_path / "packed.pth").stat().st_size < 10_000
+    with pytest.raises(CheckpointError, match="pretrain.init: packed.pth is refused: its entries are compressed or overlap"):
+        read_state_dict(tmp_path / "packed.pth")
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_state_dict(tmp_path / "old.pth")["a"].sum() == 3

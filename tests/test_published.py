@@ -18,7 +18,7 @@ from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.backbones import build_backbone, build_trunk, imagenet_state
 from pipeline.models.catalog import BackboneInfo, describe, names
-from pipeline.models.published import detect_format, load_trunk, to_trunk
+from pipeline.models.published import detect_format, load_trunk, to_extras, to_trunk
 from pipeline.preflight import check_named_files
 
 TINY = BackboneInfo("tiny", "vit", 16, (2,), 8, 2)
@@ -205,6 +205,30 @@ def test_load_trunk__another_architecture_loads_nothing_and_names_the_right_one(
     with pytest.raises(CheckpointError, match=r"1 tensors in the file are no part of it \(blocks.0.ls1.gamma\)"):
         to_trunk(scaled, TINY, 32)
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "why"),
+    [
+        ("norm.weight", lambda t: t.clone().fill_(float("nan")), "not finite"),
+        ("norm.weight", lambda t: t.clone().fill_(float("-inf")).half(), "not finite"),
+        ("norm.weight", lambda t: t.to(torch.int8), "int8"),
+        ("norm.weight", lambda t: t.to(torch.complex64), "complex64"),
+        ("norm.weight", lambda t: t.to_sparse(), "not dense"),
+        ("norm.weight", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "not dense"),
+        ("norm.weight", lambda t: t.to("meta"), "not dense"),
+        ("pos_embed", lambda t: torch.ones(1, 1, 1).expand(1, 1 + 2**30, 16), "larger than its data"),
+    ],
+)
+def test_to_trunk__tensors_that_cannot_be_weights(name: str, broken: Callable[[torch.Tensor], torch.Tensor], why: str) -> None:
+    tensors = vit()
+    with pytest.raises(CheckpointError) as refused:
+        to_trunk(tensors | {name: broken(tensors[name])}, TINY, 32, source="odd.pth")
+    start = f"pretrain.init: odd.pth: 1 tensors cannot be weights ({name}: {why}). Wanted: dense tensors of finite float16"
+    assert str(refused.value).startswith(start) and "\n" not in str(refused.value)
+    hico = renamed(resnet(), "features.R18.") | {"features.toplayer.weight": torch.full((2,), float("nan"))}
+    with pytest.raises(CheckpointError, match=r"1 tensors cannot be weights \(pyramid.lateral.p5.weight: not finite\)"):
+        to_extras(hico)
 
 
 def test_load_trunk__unknown_names_list_the_formats() -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline.registry import BACKBONES, did_you_mean
 
-__all__ = ["LEVEL_HEADS", "BackboneInfo", "describe", "last_block", "levels_problem", "names", "part_names", "size_problem", "trainable_problem", "within"]
+__all__ = ["LEVEL_HEADS", "BackboneInfo", "describe", "last_block", "levels_problem", "missing_problems", "names", "part_names", "size_problem", "trainable_problem", "within"]
 
 
 LEVEL_HEADS = ("hico_official", "hico_pyramid")
@@ -52,7 +52,12 @@ for _info in (
     BackboneInfo("vit_small", "vit", 384, (12,), 16, 6, "deit_small_patch16_224-cd65a155.pth", "timm/deit_small_patch16_224.fb_in1k"),
     BackboneInfo("vit_small_8", "vit", 384, (12,), 8, 6),
     BackboneInfo("vit_base", "vit", 768, (12,), 16, 12, "deit_base_patch16_224-b5f2ef4d.pth", "timm/deit_base_patch16_224.fb_in1k"),
+    BackboneInfo("vit_base_4", "vit", 768, (12,), 4, 12),
+    BackboneInfo("vit_base_8", "vit", 768, (12,), 8, 12),
+    BackboneInfo("vit_base_32", "vit", 768, (12,), 32, 12),
     BackboneInfo("vit_large", "vit", 1024, (24,), 16, 16),
+    BackboneInfo("vit_large_7", "vit", 1024, (24,), 7, 16),
+    BackboneInfo("vit_large_32", "vit", 1024, (24,), 32, 16),
     BackboneInfo("dinov2_small", "vit", 384, (12,), 14, 6, layer_scale=True),
     BackboneInfo("dinov2_base", "vit", 768, (12,), 14, 12, layer_scale=True),
     BackboneInfo("dinov2_large", "vit", 1024, (24,), 14, 16, layer_scale=True),
@@ -87,6 +92,21 @@ def within(name: str, part: str) -> bool:
     return not part or name == part or name.startswith(part.rstrip(".") + ".")
 
 
+def _is_part(parts: list[str], name: str) -> bool:
+    """True when some parameters of a network of these parts begin with `name`, which is not empty."""
+    return bool(name) and any(within(name, part) or within(part, name) for part in parts)
+
+
+def missing_problems(info: BackboneInfo, allowed: list[str]) -> list[str]:
+    """A line for each name of `pretrain.init_allow_missing` that is no part of this network."""
+    parts = part_names(info)
+    return [
+        f"pretrain.init_allow_missing: '{name}' is no part of {info.name}. Allowed: the beginning of parameter names such as "
+        f"{', '.join(parts[-3:])}.{did_you_mean(name, parts)}"
+        for name in allowed if not _is_part(parts, name)
+    ]
+
+
 def trainable_problem(info: BackboneInfo, trainable: str) -> str | None:
     """The line that says why `finetune.trainable` does not suit this network, or None."""
     words = ("linear", "last_block", "all", "lora")
@@ -96,7 +116,7 @@ def trainable_problem(info: BackboneInfo, trainable: str) -> str | None:
             f"finetune.trainable: lora adapts the attention of vision transformers; pretrain.backbone is {info.name}. "
             f"Use linear, last_block or all, or a backbone of {', '.join(names('vit'))}."
         )
-    if trainable in words or any(within(trainable, part) or within(part, trainable) for part in parts if trainable):
+    if trainable in words or _is_part(parts, trainable):
         return None
     return (
         f"finetune.trainable: '{trainable}' is no part of {info.name}. Allowed: {', '.join(words)}, or the beginning of "

@@ -62,6 +62,8 @@ _TORCHVISION_VIT = (
     (r"\.mlp\.(linear_1|0)\.", ".mlp.fc1."), (r"\.mlp\.(linear_2|3)\.", ".mlp.fc2."),
 )
 
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Tensors of a trunk of either family; one of these that the wanted trunk lacks says that the file is of another network.
 _TRUNK = re.compile(
     r"(conv1|bn1|layer\d|cls_token|reg_token|register_tokens|dist_token|pos_embed|patch_embed|blocks|norm|norm_pre)(\.|$)"
@@ -135,6 +137,28 @@ def _trunk_name(name: str, file_format: str) -> str:
     return name
 
 
+def _unsound(name: str, value: torch.Tensor) -> str | None:
+    """Why this tensor of a file cannot be a weight, or None."""
+    if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type == "meta":
+        return "not dense"
+    if name.endswith("num_batches_tracked"):
+        return None
+    if value.dtype not in _REAL:
+        return str(value.dtype).removeprefix("torch.")
+    if value.untyped_storage().nbytes() < value.nbytes:
+        return "larger than its data"
+    return None if value.isfinite().all() else "not finite"
+
+
+def _demand_sound(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError`, one line, where a tensor is no dense tensor of finite real numbers (step counters excepted)."""
+    wrong = [f"{name}: {why}" for name, value in sorted(tensors.items()) if (why := _unsound(name, value))]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors cannot be weights{_examples(wrong)}. Wanted: dense tensors of finite float16, bfloat16, float32 or float64."
+        )
+
+
 def _positions(found: dict[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
     """Resample the positions of another grid in place; returns the two sides, or None where they were equal."""
     have, want = found.get("pos_embed"), wanted.get("pos_embed")
@@ -153,8 +177,9 @@ def _fit(
     """(state under the trunk's names, report, what does not fit: one phrase each)."""
     file_format, prefix = _detect(tensors)
     inside = {_trunk_name(name.removeprefix(prefix), file_format): name for name in tensors if name.startswith(prefix)}
-    # Some programs train in half precision; nothing here does.
     found = {name: tensors[inside[name]] for name in wanted if name in inside}
+    _demand_sound(found)
+    # Some programs train in half precision; nothing here does.
     found = {name: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value for name, value in found.items()}
     grid = _positions(found, wanted)
     # Old files lack batch norm's step counter; it plays no part with a fixed momentum.
@@ -213,7 +238,7 @@ def to_trunk(
         allow_missing: parts of the trunk that need not be there, e.g. ("norm",).
 
     Raises:
-        CheckpointError: unknown format, or another architecture: counts, examples, and the backbone it fits.
+        CheckpointError: unknown format, tensors that cannot be weights, or another architecture: counts, examples, and the backbone it fits.
     """
     info = describe(backbone) if isinstance(backbone, str) else backbone
     return _checked(tensors, _shapes(info, image_size), info.name, source, key, allow_missing)
@@ -223,14 +248,16 @@ def to_extras(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a file of the published HiCo program holds beside its trunk, float32, under the names of `HiCo.exports`; else nothing.
 
     Raises:
-        CheckpointError: unknown format.
+        CheckpointError: unknown format, or numbers that cannot be weights.
     """
     file_format, prefix = _detect(tensors)
     if file_format != "HiCo":
         return {}
     outer = prefix.removesuffix("features.R18.")
     parts = {name: name.removeprefix(outer).rpartition(".") for name in tensors if name.startswith(outer)}
-    return {f"{_HICO[part]}.{kind}": tensors[name].float() for name, (part, _, kind) in parts.items() if part in _HICO}
+    found = {f"{_HICO[part]}.{kind}": tensors[name] for name, (part, _, kind) in parts.items() if part in _HICO}
+    _demand_sound(found)
+    return {name: value.float() for name, value in found.items()}
 
 
 def load_trunk(
