@@ -43,7 +43,8 @@ class Config(Section):
     @property
     def method_params(self) -> Section:
         """The parameter block of the chosen method."""
-        return self.methods.get(self.pretrain.method) or METHODS.get(self.pretrain.method).Params()
+        params = self.methods.get(self.pretrain.method) or METHODS.get(self.pretrain.method).Params()
+        return params.suited(self.pretrain.backbone, self.pretrain.image_size)
 
 
 def _valid_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

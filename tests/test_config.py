@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,26 @@ def test_load_config__one_mistake(tmp_path: Path, text: str, lines: list[str]) -
     assert message.startswith("params.yaml: 1 problem\n"), message
     for line in lines:
         assert line in message
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ({"pretrain": {"init_allow_missing": [""]}}, "pretrain.init_allow_missing: must be names of parts"),
+        ({"pretrain": {"optimizer": {"lr": 0.01, "min_lr": 0.1}}}, r"pretrain.optimizer: min_lr \(0.1\) is above lr \(0.01\)"),
+        (
+            {"pretrain": {"epochs": 10, "optimizer": {"warmup_epochs": 8, "constant_epochs": 3}}},
+            r"pretrain: optimizer: warmup_epochs \(8\) and constant_epochs \(3\) take longer than all epochs \(10\)",
+        ),
+        ({"finetune": {"epochs": 2, "optimizer": {"warmup_epochs": 2.5, "schedule": "constant"}}}, r"finetune: optimizer: warmup_epochs \(2.5\)"),
+        ({"methods": {"msn": {"sharpen": 2}}}, "methods.msn.sharpen: got 2; input should be less than or equal to 1"),
+        ({"methods": {"msn": {"sharpen_end": 1.1}}}, "methods.msn.sharpen_end: got 1.1; "),
+    ],
+)
+def test_load_config__values_that_make_no_sense_together(tmp_path: Path, section: dict, line: str) -> None:
+    assert re.search(f"1 problem\n  {line}", problems(tmp_path, yaml.safe_dump(section)))
+    fits = {"pretrain": {"epochs": 10, "optimizer": {"warmup_epochs": 7, "constant_epochs": 3, "lr": 0.1, "min_lr": 0.1}}}
+    assert accepted(tmp_path, yaml.safe_dump(fits)).pretrain.epochs == 10
 
 
 def test_load_config__all_mistakes_at_once(tmp_path: Path) -> None:

@@ -359,7 +359,9 @@ def test_heads__load_what_pretraining_left(changes: dict[str, Any]) -> None:
 def test_heads__refuse_what_they_cannot_use() -> None:
     with pytest.raises(CheckpointError, match="hico_pyramid wants the pyramid and projectors that HiCo pretraining leaves"):
         classifier("hico_pyramid", {})
-    assert classifier("hico_official", {}).head.linear.in_features == 5 * WIDTH
+    with pytest.raises(CheckpointError, match="hico_official wants the pyramid that HiCo pretraining leaves .* a random pyramid would stay frozen"):
+        classifier("hico_official", {})
+    assert classifier("hico_official", None).head.linear.in_features == 5 * WIDTH
     flat = make_method("hico", projector_pool="flatten").exports()
     with pytest.raises(CheckpointError, match="Flattened projectors fit one image size only"):
         classifier("hico_pyramid", flat, size=64)

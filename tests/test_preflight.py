@@ -40,6 +40,62 @@ def test_preflight__phantoms_need_not_exist_yet_and_relative_paths_are_explained
         check_named_files(config(data={"source": "nowhere/clips"}))
 
 
+@pytest.mark.parametrize(
+    ("pretrain", "start"),
+    [
+        ({"method": "msn", "backbone": "vit_small", "image_size": 100}, "pretrain.image_size: 100 pixels"),
+        ({"method": "msn", "backbone": "dinov2_small", "image_size": 112}, "methods.msn.focal_size: 96 pixels"),
+        ({"backbone": "nothing", "method": "msn"}, "pretrain.backbone: unknown backbone 'nothing'"),
+    ],
+)
+def test_preflight__each_problem_once_beside_all_others(pretrain: dict[str, Any], start: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_named_files(config(pretrain=pretrain, data={"source": "/nowhere/clips"}))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "params.yaml: 2 problems" and lines[1].startswith("  data.source: ") and lines[2].startswith(f"  {start}")
+
+
+def test_preflight__small_crops_of_dino_fit_every_patch() -> None:
+    for backbone, size, side in (("dinov2_small", 224, 98), ("dinov2_small", 56, 42), ("vit_small_8", 224, 96), ("resnet18", 224, 96)):
+        checked = config(pretrain={"method": "dino", "backbone": backbone, "image_size": size})
+        check_named_files(checked)
+        assert checked.method_params.local_size == side
+
+
+@pytest.mark.parametrize("head", ["hico_pyramid", "hico_official"])
+def test_preflight__heads_that_continue_from_a_pyramid(head: str, tmp_path: Path) -> None:
+    import torch
+
+    from pipeline.methods.hico import HiCoParams
+
+    def lines(initialisations: tuple[str, ...] = ("pretrained", "random"), **pretrain: Any) -> list[str]:
+        checked = config(pretrain=pretrain, finetune={"head": head, "initialisations": initialisations})
+        checked.methods["hico"] = HiCoParams(objective=pretrain.pop("objective", "semi"))
+        try:
+            check_named_files(checked)
+        except ConfigError as error:
+            return str(error).splitlines()[1:]
+        return []
+
+    (line,) = lines(method="ucl")
+    assert line.startswith(f"  finetune.head: {head} continues from the pyramid that HiCo leaves beside the trunk; pretrain.method ucl leaves none")
+    assert lines(method="hico") == lines(("random",), method="ucl") == []
+    from pipeline.models.backbones import build_backbone
+
+    trunk = build_backbone("resnet10")[0].state_dict()
+    hico = {f"features.R18.{name}": value for name, value in trunk.items()} | {"features.toplayer.weight": torch.ones(2)}
+    for name, tensors, problems in (("hico.pth", hico, 0), ("plain.pth", trunk, 1)):
+        torch.save(tensors, tmp_path / name)
+        assert len(lines(method="random", backbone="resnet10", init=str(tmp_path / name))) == problems
+
+
+@pytest.mark.parametrize("part", ["nrom", "blocks.12"])
+def test_preflight__parts_that_weights_may_lack_must_exist(part: str) -> None:
+    section = {"backbone": "vit_tiny", "image_size": 64, "init_allow_missing": [part, "norm", "blocks.3.attn"]}
+    with pytest.raises(ConfigError, match=rf"1 problem\n  pretrain.init_allow_missing: '{part}' is no part of vit_tiny. Allowed: .* blocks.11, norm"):
+        check_named_files(config(pretrain=section))
+
+
 def test_check_stage__mistyped_method_ends_with_the_nearest_name(tmp_path: Path) -> None:
     text = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("method: ucl ", "method: ulc ")
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")

@@ -161,6 +161,11 @@ class PyramidHead(nn.Module):
                 "finetune.head: hico_pyramid wants the pyramid and projectors that HiCo pretraining leaves beside the trunk (extras.safetensors), "
                 "and this encoder has none. Use pretrain.method: hico (objective semi or self), or another finetune.head."
             )
+        if not any(name.startswith("pyramid.") for name in extras):
+            raise CheckpointError(
+                "finetune.head: hico_official wants the pyramid that HiCo pretraining leaves beside the trunk (extras.safetensors), and this "
+                "encoder has none: a random pyramid would stay frozen. Use pretrain.method: hico, or another finetune.head."
+            )
         kept = ("pyramid.", "levels.", "features.") if self.keeps_projectors else ("pyramid.",)
         renamed = {name.replace("classifier.0.", "features."): value for name, value in extras.items()}
         own = {name: value for name, value in self.state_dict().items() if name.startswith(kept) and name in renamed}
