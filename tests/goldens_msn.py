@@ -254,7 +254,7 @@ def check_train(case: Case, settings: dict[str, Any], heads: int) -> None:
             random, focal, target = outputs
             near("anchor_out", torch.cat([random, focal]), case["step0/anchor_out"], 1e-4)
             near("target_out", target, case["step0/target_out"], 1e-4)
-    method.before_step(Progress(steps // each, steps))
+    method.finish(Progress(steps // each, steps))
     for beginning, prefix in (("final_anchor/", ""), ("final_target/", "key_")):
         for name, value in weights_of(method, prefix).items():
             near(beginning + name, value, case[beginning + name], 1e-4)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_kit import CPU, make_method, make_store, toy_loader
+from training_kit import CPU, make_config, make_method, make_run, make_store, never, toy_loader
 
 from pipeline.data.store import FrameStore
 from pipeline.methods.barlow import BarlowTwins, BarlowTwinsParams
@@ -16,6 +17,7 @@ from pipeline.methods.byol import BYOL, BYOLParams
 from pipeline.methods.cycle import CycleContrast, CycleContrastParams
 from pipeline.methods.dino import DINO, DINOParams
 from pipeline.methods.vicreg import VICReg, VICRegParams
+from pipeline.models import momentum
 from pipeline.models.backbones import build_backbone
 from pipeline.registry import METHODS
 
@@ -155,3 +157,16 @@ def test_barlow__the_warned_floor_is_the_least_loss_of_a_batch() -> None:
     z = torch.linalg.svd(torch.eye(4, dtype=torch.float64) - 0.25)[0][:, :3].repeat(1, 5)
     floor = 0.0051 * (15 / 3 - 1)
     assert float(barlow_twins(z, z, 0.0051)) == pytest.approx(floor, rel=1e-3)
+
+
+def test_dino__last_step_reaches_the_exported_teacher(store: FrameStore, tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path, pretrain__method="dino", pretrain__epochs=1), store, tmp_path / "run")
+    run.train(never())
+    (state,) = (tmp_path / "run").glob("state-*.pt")
+    saved = torch.load(state, weights_only=True)["networks"]
+    before, trained = (saved[f"{part}.layer1.0.conv1.weight"] for part in ("key_backbone", "backbone"))
+    steps = run.context.steps_per_epoch
+    rate = momentum.cosine_momentum(0.9, steps - 1, steps)
+    exported = run.method.backbone.layer1[0].conv1.weight
+    torch.testing.assert_close(exported, rate * before + (1 - rate) * trained)
+    assert not torch.equal(exported, before)

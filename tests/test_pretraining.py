@@ -347,8 +347,15 @@ def test_initial_backbone__same_in_every_process_and_from_a_file(tmp_path: Path)
         tmp_path / "given.pth.tar",
     )
     given, _, report = initial_backbone(make_config(tmp_path, pretrain__init=str(tmp_path / "given.pth.tar")))
-    assert report.prefix == "module.encoder_q."
+    assert (report.format, report.prefix) == ("MoCo", "state_dict.module.encoder_q.")
     assert torch.equal(given.conv1.weight, one.conv1.weight + 1)
+
+
+def test_pretrain_init__says_how_inputs_are_normalised(store: FrameStore, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save(initial_backbone(make_config(tmp_path))[0].state_dict(), tmp_path / "trunk.pth")
+    augmentation = {"normalization": "half"}
+    make_run(make_config(tmp_path, pretrain__init=str(tmp_path / "trunk.pth"), methods__ucl__augmentation=augmentation), store, tmp_path / "s")
+    assert "inputs are normalised as `half` (mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5))" in capsys.readouterr().out
 
 
 def test_pick_device__cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class DINOParams(MethodParams):
     local_views: int = Field(4, ge=0)
     """Small crops a sample, beside two large ones; 8 in the paper, 0 for none [local_crops_number]."""
     local_size: int | Literal["auto"] = "auto"
-    """Side of the small crops; `auto`: 3/7 of the image size (96 of 224) in steps of 16, at least 32."""
+    """Side of the small crops; `auto`: 3/7 of the image size (96 of 224) in whole patches, or in steps of 16, at least 32."""
     local_scale: tuple[float, float] = (0.1, 0.4)
     """Share of the frame a small crop shows; from 0.05 in the paper. `augmentation.scale` is that of the large ones."""
     export: Literal["teacher", "student"] = "teacher"
@@ -71,9 +71,15 @@ class DINOParams(MethodParams):
             raise ValueError(f"local_size must be at least 16, or auto; got {self.local_size}")
         return self
 
-    def side(self, image_size: int) -> int:
-        """Side of the small crops in pixels."""
-        return max(32, round(image_size * 3 / 7 / 16) * 16) if self.local_size == "auto" else self.local_size
+    def side(self, image_size: int, step: int = 16) -> int:
+        """Side of the small crops in pixels; `auto` is a multiple of `step`."""
+        if self.local_size != "auto":
+            return self.local_size
+        return max(math.ceil(32 / step), round(image_size * 3 / 7 / step)) * step
+
+    def suited(self, backbone: str, image_size: int) -> DINOParams:
+        patch = catalog.describe(backbone).patch_size if backbone in catalog.names() else 0
+        return self.model_copy(update={"local_size": self.side(image_size, patch or 16)})
 
 
 @METHODS.register("dino")
@@ -120,6 +126,9 @@ class DINO(Method):
         for part in ("backbone", "head"):
             momentum.ema_update(self.networks[f"key_{part}"], self.networks[part], now)
         self.networks["head"][-1].frozen = progress.epoch < self.params.freeze_last_layer
+
+    def finish(self, progress: Progress) -> None:
+        self.before_step(progress)
 
     def chance_loss(self, progress: Progress) -> float:
         return math.log(self.params.output_dim)

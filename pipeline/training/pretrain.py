@@ -25,7 +25,7 @@ from pipeline.checkpoint import export_encoder, latest_checkpoint, save_checkpoi
 from pipeline.config import Config
 from pipeline.data.frames import FrameCache
 from pipeline.data.loader import ClipLoader, SamplingPlan
-from pipeline.data.transforms import working_size
+from pipeline.data.transforms import STATISTICS, working_size
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.files import write_curves
 from pipeline.methods.base import ClipBatch, Method, MethodContext, Progress
@@ -94,7 +94,11 @@ class Pretraining:
         )
         backbone, features, self.init_report = initial_backbone(config)
         if self.init_report and distributed.is_main():
-            print(f"pretrain.init: {self.init_report}", flush=True)
+            mean, std = STATISTICS[augmentation.normalization]
+            print(
+                f"pretrain.init: {self.init_report}; inputs are normalised as `{augmentation.normalization}` (mean {mean}, std {std}): "
+                f"set methods.{params.method}.augmentation.normalization as these weights were trained", flush=True,
+            )
         self.context = MethodContext(
             features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed, params.image_size,
             len(inputs.target_classes),
@@ -120,7 +124,7 @@ class Pretraining:
             params.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         if params.compile:
-            method.networks["backbone"].compile()
+            method.compile()
         method.networks.train()
         self.optimizer = build_optimizer(params.optimizer, method.networks, method.exempt)
         self.step_module: nn.Module = StepModule(method)
@@ -241,6 +245,8 @@ class Pretraining:
                 remaining = (time.monotonic() - self.clock) / max(1, done - first) * (total - done)
                 self._finish_epoch(remaining)
         self.save()
+        # Behind the checkpoint, so that a finished run that starts again does it once as well.
+        self.method.finish(Progress(self.epoch, total))
 
     def _train_epoch(self, stop: distributed.StopFlag, bar: tqdm) -> None:
         params, steps = self.config.pretrain, self.context.steps_per_epoch
