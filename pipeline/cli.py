@@ -262,7 +262,7 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     similar.add_argument("--top", type=_count, default=5, help="neighbours (default: 5)")
     similar.add_argument("--other-patients", action="store_true", help="only videos of other, known patients")
     similar.add_argument("--picture", help="PNG to write (default: into the folder)")
-    similar.add_argument("--encoder", help="for a file that was not embedded (default: the encoder that embedding.json names)")
+    similar.add_argument("--encoder", help="for a file that was not embedded (default: the one in models/encoders that embedding.json names)")
     similar.set_defaults(run=_similar)
 
 

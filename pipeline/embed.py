@@ -296,6 +296,6 @@ def _fill(part: Path, store: FrameStore, encoder: Encoder, config: Config, frame
     return {
         "schema": SCHEMA, "features": int(vectors["frames"].shape[1]),
         **{level: len(tables[level]) if level in tables else 0 for level in LEVELS},
-        "frames_per_video": frames_per_video or "all", "encoder_folder": encoder.folder.as_posix(),
+        "frames_per_video": frames_per_video or "all", "encoder_folder": encoder.folder.resolve().name,
         "encoder": {name: encoder.card.get(name) for name in facts},
     }

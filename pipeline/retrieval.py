@@ -23,6 +23,7 @@ from pipeline.registry import did_you_mean
 
 __all__ = ["Embedding", "similar"]
 
+ENCODERS = Path("models/encoders")
 _FRAME = re.compile(r"(?P<name>.+):(?P<frame>\d+)")
 _ID = re.compile(r"[0-9a-f]{4,16}")
 COLUMNS = {"frames": ("video", "frame", "patient", "label"), "videos": ("video", "patient", "label"), "files": ("video", "path")}
@@ -104,7 +105,7 @@ def similar(
             embedded now unless its content is known; `:FRAME` behind it asks for one frame (of those that were embedded, the nearest in time).
         other_patients: leave out videos of the query's patient and those whose patient is unknown.
         picture: where the PNG goes; by default into `folder`, named after the query.
-        encoder: for a file that was not embedded; default is the folder that embedding.json names.
+        encoder: for a file that was not embedded; default is the folder of the name in embedding.json below models/encoders.
 
     Raises:
         DataError: no such video, or nothing left to compare with.
@@ -152,7 +153,7 @@ def _resolve(query: str, known: Embedding, encoder: Path | None) -> _Query:
     if same is not None:
         return _pick(known, same, frame)
     wanted = known.info["encoder"].get("fingerprint")
-    opened = open_encoder(encoder or Path(known.info["encoder_folder"]))
+    opened = open_encoder(encoder or ENCODERS / Path(known.info["encoder_folder"]).name)
     if opened.card.get("fingerprint") != wanted:
         raise DataError(
             f"--encoder: {opened.folder} is not the encoder of {known.folder} (fingerprint {opened.card.get('fingerprint')}, there {wanted}). "

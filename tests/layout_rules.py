@@ -54,7 +54,7 @@ ORDER = """
     data.photometry
     data.randaugment
     data.clips data.transforms
-    export.facts export.card
+    export.facts
     data.frames
     data.loader
     models.levels
@@ -79,6 +79,7 @@ ORDER = """
     training.monitor training.finetune
     training.pretrain
     training.pretrain_stage training.finetune_stage
+    export.card
     export.formats
     embed
     retrieval

@@ -233,8 +233,13 @@ def test_similar__frames_are_one_a_video(embedded):
     assert sorted(found) == ["b.avi", "c.png", "d"]
 
 
-def test_similar__a_file_that_was_not_embedded(embedded, clips, tmp_path):
+def test_similar__a_file_that_was_not_embedded(embedded, encoder_folder, clips, tmp_path):
     extra = write_image(tmp_path / "new.bmp", 9, seed=3)
+    info = (embedded / "embedding.json").read_text()
+    assert json.loads(info)["encoder_folder"] == "fold0" and str(encoder_folder.parent) not in info, "the name alone"
+    with pytest.raises(CheckpointError, match="models/encoders/fold0 has no"):
+        similar(str(extra), embedded)
+    shutil.copytree(encoder_folder, "models/encoders/fold0")
     text = similar(str(extra), embedded, top=1, picture=tmp_path / "x.png")
     assert "patient unknown" in text and "c.png" in text, "the same picture in another format"
     assert "label ill" in similar(str(clips / "a.avi"), embedded, top=1), "known content is not embedded again"

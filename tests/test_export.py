@@ -113,6 +113,32 @@ def test_card__says_what_it_is_and_names_nobody(tmp_path: Path) -> None:
     assert card["metrics"] == {} and "evaluate them" in text
 
 
+def test_card__says_whose_labels_pretraining_read(tmp_path: Path) -> None:
+    told = {"labelled_videos": {"ill": 3, "well": 4, "other": 0}, "label_groups": GROUPS[:2]}
+    _, card, text = exported(make_encoder(tmp_path / "in", "resnet10", **told), "torchvision", tmp_path / "out/w.pth")
+    assert card["pretraining_labels"] == {"patients": 2, "videos": {"ill": 3, "well": 4}}
+    assert "with labels of 2 patients (7 videos: ill 3, well 4)" in text and "without labels" not in text
+    assert not [group for group in GROUPS if group in text + json.dumps(card)]
+    none = {"labelled_videos": {}, "label_groups": []}
+    _, _, text = exported(make_encoder(tmp_path / "none", "resnet10", **none), "torchvision", tmp_path / "none/w.pth")
+    assert "without labels" in text
+    _, _, text = exported(make_encoder(tmp_path / "old", "resnet10"), "torchvision", tmp_path / "old/w.pth")
+    assert "without labels" not in text, "an older card does not say"
+    later = {f"pretrain_{name}": value for name, value in told.items()}
+    _, card, text = exported(make_classifier(tmp_path / "head", "resnet10", "linear", **later), "torchvision", tmp_path / "head/w.pth")
+    assert "| labels in pretraining | labels of 2 patients" in text
+
+
+def test_card__explains_each_stamp_by_its_own_words(tmp_path: Path) -> None:
+    stamp = "encoder pretrained with labels beyond finetune.label_fraction"
+    _, _, text = exported(make_classifier(tmp_path / "in", "resnet10", "linear", stamp=stamp), "torchvision", tmp_path / "out/w.pth")
+    assert f"**{stamp}**" in text and "epoch was chosen" not in text
+    _, _, text = exported(
+        make_classifier(tmp_path / "two", "resnet10", "linear", stamp=f"optimistic (selected on test), {stamp}"), "torchvision", tmp_path / "two/w.pth"
+    )
+    assert "the training epoch was chosen on the patients that are reported" in text and f"\nE{stamp[1:]}" in text
+
+
 def test_card__results_only_from_the_report_of_these_weights(tmp_path: Path) -> None:
     folder = make_classifier(tmp_path / "models/finetuned/pretrained-seed0-fold0", "resnet10", "linear")
     row = "pretrained,0,0,test,v1,P1,3,a,0.25,0.75"

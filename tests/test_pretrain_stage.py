@@ -135,10 +135,18 @@ def test_stage__finished_result_is_reused_with_this_runs_facts(
     card = json.loads((tmp_path / "models/encoders/fold0/card.json").read_text())
     assert len(card["groups"]) == 6
     assert all(group.startswith("Pfeed") for group in card["groups"])
+    assert card["pretrain"]["batch_size"] == config.pretrain.batch_size and card["pretrain"]["optimizer"]["lr"] == config.pretrain.optimizer.lr
     monkeypatch.setenv("RANK", "1")
     shutil.rmtree(tmp_path / "models")
     pretrain_stage.run_pretrain_stage(config, 0, Path("stages/pretrain.py"))
     assert not (tmp_path / "models").exists(), "only the first of several processes writes"
+
+
+def test_card__names_a_weights_file_by_its_content_and_no_path(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"abc")
+    config = make_config(tmp_path, pretrain__init=str(tmp_path / "w.pth"), data={"pseudonym_key": "hush", "source": str(tmp_path)})
+    text = json.dumps(pretrain_stage._settings(config))
+    assert "weights file, SHA-256 ba7816bf" in text and "hush" not in text and str(tmp_path) not in text and "w.pth" not in text
 
 
 # --- scratch folders ------------------------------------------------------------------------------------------------

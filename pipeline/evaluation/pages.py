@@ -28,6 +28,7 @@ from pipeline.evaluation.report import (
     cautions,
     number,
     percent,
+    stamp_words,
     verdict,
     write_report,
 )
@@ -78,7 +79,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         confidence=config.evaluate.confidence,
         verdict=verdict(metrics.get("difference", {}).get("video"), config.evaluate.confidence),
         cautions=cautions(config, metrics, warnings),
-        stamps=_stamp_words(metrics),
+        stamps=stamp_words(metrics["stamp"]),
         pictures={
             "comparison": [drawing.comparison()],
             "confusion": drawing.confusion(),
@@ -109,20 +110,6 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         features=features,
     )
     write_report(output / "report.html", page)
-
-
-def _stamp_words(metrics: Mapping[str, Any]) -> list[str]:
-    """The stamps as sentences for the top of the page."""
-    words = []
-    if "optimistic" in metrics["stamp"]:
-        words.append("Optimistic (selected on test): the training epoch was chosen on the patients that are reported.")
-    if "transductive" in metrics["stamp"]:
-        words.append(
-            "Transductive pretraining: the encoder has seen the unlabelled videos of the patients that are tested."
-        )
-    known = ("optimistic", "transductive")
-    others = [part for part in metrics["stamp"].split(", ") if part and not part.startswith(known)]
-    return words + [f"{part[0].upper()}{part[1:]}" for part in others]
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> list[Table]:

@@ -32,6 +32,7 @@ __all__ = [
     "cautions",
     "headline_sentence",
     "interval_words",
+    "stamp_words",
     "verdict",
     "write_report",
 ]
@@ -202,6 +203,17 @@ def verdict(difference: Mapping[str, Any] | None, confidence: float) -> dict[str
         "kind": "open",
         "sentence": f"{numbers}. Interval and test do not agree, so the difference is not taken as shown.",
     }
+
+
+def stamp_words(stamp: str) -> list[str]:
+    """The stamps of a result ("a, b") as sentences; those that have none of their own stand as they are."""
+    words = []
+    if "optimistic" in stamp:
+        words.append("Optimistic (selected on test): the training epoch was chosen on the patients that are reported.")
+    if "transductive" in stamp:
+        words.append("Transductive pretraining: the encoder has seen the unlabelled videos of the patients that are tested.")
+    others = [part for part in stamp.split(", ") if part and not part.startswith(("optimistic", "transductive"))]
+    return words + [f"{part[0].upper()}{part[1:]}" for part in others]
 
 
 def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.evaluation.report import stamp_words
+
 __all__ = ["load_snippet", "render_card"]
 
 _OTHER_WEIGHTS = " Pretraining started from other weights (`start` below), whose licence applies as well."
@@ -75,6 +77,17 @@ def _metrics(about: Mapping[str, Any]) -> list[str]:
     return [f"Source: {found['source']}.", "", *_table(rows)]
 
 
+def _labels(about: Mapping[str, Any]) -> str:
+    """What pretraining knew: nothing, or the labels of so many patients; classes with their labelled videos."""
+    told = about["pretraining_labels"]
+    if told is None:
+        return "not recorded"
+    if not told["videos"]:
+        return "none"
+    counts = ", ".join(f"{name} {count}" for name, count in told["videos"].items())
+    return f"labels of {told['patients']} patients ({sum(told['videos'].values())} videos: {counts})"
+
+
 def _warnings(about: Mapping[str, Any]) -> list[str]:
     lines = []
     if about["transductive"]:
@@ -83,7 +96,7 @@ def _warnings(about: Mapping[str, Any]) -> list[str]:
             "Results on this corpus are too good for new patients."
         )
     if about["stamp"]:
-        lines.append(f"**{about['stamp']}**: the epoch was chosen on the test patients; the numbers are too good.")
+        lines += [f"**{about['stamp']}**", *stamp_words(about["stamp"]), "The numbers are too good for new patients."]
     return [line for text in lines for line in (text, "")]
 
 
@@ -112,14 +125,16 @@ def render_card(about: Mapping[str, Any], exported: Mapping[str, Any]) -> str:
     facts = {
         "kind": about["kind"], "backbone": network["backbone"], "head": about["head"] or "none", "gives": result,
         "pretraining": training.get("method", about["name"].rsplit(", ")[-1]), "scope of pretraining": about["scope"],
+        "labels in pretraining": _labels(about),
         "outer fold": "unknown" if about["fold"] is None else about["fold"], "fingerprint": about["fingerprint"],
     }
     settings = {key: value for key, value in training.items() if key not in ("method", "parameters")}
     settings |= {f"method: {key}": value for key, value in (training.get("parameters") or {}).items()}
+    known = {"none": " without labels", "not recorded": ""}.get(_labels(about), f" with {_labels(about)}")
     intro = [
         f"# {about['name']}", "",
         f"{'A classifier of' if classifier else 'An encoder for'} ultrasound or endoscopy frames, trained by Sonoscope"
-        f"{'' if classifier else ' without labels'}. File: `{exported['file']}` ({exported['form']}).", "", *_warnings(about),
+        f"{'' if classifier else known}. File: `{exported['file']}` ({exported['form']}).", "", *_warnings(about),
     ]
     use = [
         "Research on the kind of video it was trained on; a start for further training.", "",

@@ -125,6 +125,15 @@ def _counts(weights: Weights) -> dict[str, int]:
     return {f"{part}_patients": len(card.get(f"{part}_groups", ())) for part in parts}
 
 
+def _pretraining_labels(weights: Weights) -> dict[str, Any] | None:
+    """How many patients' labels pretraining read, and videos by class; None where the card does not say."""
+    prefix = "pretrain_" if weights.kind == "classifier" else ""
+    videos, groups = (weights.card.get(f"{prefix}{name}") for name in ("labelled_videos", "label_groups"))
+    if videos is None or groups is None:
+        return None
+    return {"patients": len(groups), "videos": {name: count for name, count in videos.items() if count}}
+
+
 def _versions(card: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -186,7 +195,7 @@ def about(weights: Weights) -> dict[str, Any]:
         "name": f"{network['backbone']} {weights.kind}, {card.get('method', 'random')}", "kind": weights.kind,
         "network": network, "head": card.get("head") if classifier else None, "classes": list(card["classes"]) if classifier else [],
         "preprocessing": _preprocessing(card), "training": training,
-        "data": _counts(weights), "fold": card.get("fold"), "scope": scope, "transductive": scope == "all", "stamp": card.get("stamp"),
+        "data": _counts(weights), "pretraining_labels": _pretraining_labels(weights), "fold": card.get("fold"), "scope": scope, "transductive": scope == "all", "stamp": card.get("stamp"),
         "metrics": headline(weights), "fingerprint": card["fingerprint"], "encoder_fingerprint": card.get("encoder_fingerprint"),
         "weights": {"file": weights.path.name, "sha256": hash_file(weights.path), "bytes": weights.path.stat().st_size},
         "versions": _versions(card),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.splits import Splits
 from pipeline.errors import ConfigError
 from pipeline.export.facts import about, find_weights, input_facts
-from pipeline.files import alone_in, copy_into, read_json, scratch_folder, write_json
+from pipeline.files import alone_in, copy_into, hash_file, read_json, scratch_folder, write_json
 from pipeline.launch import is_worker, launch, process_count, threads_per_process, worker_rank
 from pipeline.methods.base import Setting
 from pipeline.registry import METHODS
@@ -98,6 +99,14 @@ def _pretrain_here(config: Config, fold: int, inputs: PretrainInputs, scratch: P
         distributed.barrier()
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """The parameters of pretraining for the card, without how it was run; a weights file by its content, not by its path."""
+    settings = config.pretrain.model_dump(mode="json", exclude={"monitor", "memory_budget_mb", "checkpoint_seconds"})
+    if settings["init"] not in ("random", "imagenet"):
+        settings["init"] = f"weights file, SHA-256 {hash_file(Path(settings['init']))}"
+    return settings
+
+
 def _hand_over(config: Config, fold: int, inputs: PretrainInputs, done: Path, tracker: NullTracker) -> None:
     """Copy the finished encoder to the stage's output and tell MLflow what it is (first process)."""
     output = Path(f"models/encoders/fold{fold}")
@@ -108,7 +117,7 @@ def _hand_over(config: Config, fold: int, inputs: PretrainInputs, done: Path, tr
     card |= {
         "fold": fold, "scope": config.pretrain.scope, "transductive": config.pretrain.scope == "all",
         "groups": sorted(set(inputs.groups)), "label_groups": inputs.target_groups, "too_short": inputs.left_out,
-        "preprocessing": input_facts(config, config.method_params.augmentation),
+        "preprocessing": input_facts(config, config.method_params.augmentation), "pretrain": _settings(config),
     }
     write_json(output / "card.json", card)
     tracker.log_dataset(f"pretraining videos fold {fold}", card["fingerprint"], card["videos"], "pretraining")
