@@ -18,7 +18,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 help:
 	@echo "make demo        install, run the whole pipeline on the embedded data, say where the report is"
 	@echo "make test        install, run the tests"
-	@echo "make fuzz        install, give CASES=20000 damaged files (SEED=0) to every reader"
+	@echo "make fuzz        install, give CASES=20000 damaged files (SEED=0) to every reader, kill extraction, fill disks"
 	@echo "make install     make .venv with the locked packages (PYTHON=... chooses the interpreter, 3.10 to 3.13)"
 	@echo "make lock        compile the locks anew from pyproject.toml (needs the network)"
 	@echo "make check-lock  check that the locks satisfy pyproject.toml (offline)"
@@ -82,6 +82,7 @@ test: install
 
 fuzz: install
 	@$(WITH_VENV) $(RUN) tests/fuzz_readers.py --cases $(or $(CASES),20000) --seed $(or $(SEED),0)
+	@$(WITH_VENV) $(RUN) tests/fuzz_extraction.py --seed $(or $(SEED),0)
 
 lock: $(RUN)
 	@$(PIP) install --quiet uv

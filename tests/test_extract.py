@@ -6,15 +6,14 @@ import csv
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import sample_media as sample
+from fuzz_extraction import Trial, full_disk
+from scratch_project import make_project
+from scratch_project import run as scratch_run
 from pipeline.config import Config
 from pipeline.data import extract as extract_module
 from pipeline.data.extract import Extracted, Task, extract_one, extract_source, extraction_fingerprint
@@ -22,6 +21,7 @@ from pipeline.data.manifest import Manifest, pseudonym
 from pipeline.data.store import FrameStore
 from pipeline.data.video import Media, find_media
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import hash_file
 from pipeline.parameters import DataParams, ExtractParams, SourceParams
 
 
@@ -275,30 +275,42 @@ def test_dying_decoder__only_its_file_is_lost(tmp_path: Path) -> None:
     assert "ended the decoding process" in results["bad.mp4"].reason
 
 
-SCRIPT = """
-import sys
-from test_extract import config, run
-if __name__ == "__main__":
-    run(config(short_side=33))
-"""
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """Twelve videos and their undisturbed store."""
+    return Trial(tmp_path_factory.mktemp("trial"))
 
 
-def test_kill__the_next_run_continues() -> None:
-    root = Path("clips")
-    for seed in range(12):
-        sample.write_video(root / f"{seed}.avi", 60, size=(320, 240), seed=seed)
-    Path("work.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    process = subprocess.Popen([sys.executable, "work.py"], env=environment, stderr=subprocess.DEVNULL)
-    scratch = Path(".scratch/extract") / extraction_fingerprint(config(short_side=33).extract)
-    deadline = time.time() + 60
-    while len(list(scratch.glob("*.json"))) < 2 and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # The workers must follow their parent; when all are gone nothing more is written.
-    time.sleep(1.0)
-    done = len(list(scratch.glob("*.json")))
-    metrics = run(config(short_side=33))
-    assert 2 <= done and metrics["reused"] == done and metrics["rows"] == 12
-    assert len(list(Path("frames").glob("*.tar"))) == 12
+def test_kill__again_and_again_costs_the_videos_in_flight_at_most(trial: Trial, tmp_path: Path) -> None:
+    """SIGKILL at five moments of one extraction: all that is visible is whole, and the last run gives the undisturbed bytes."""
+    left = 0
+    for more, delay in ((0, 0.3), (1, 0.0), (2, 0.01), (3, 0.0), (3, 0.02)):
+        left = trial.kill(tmp_path / "project", left + more, delay)
+    trial.heal(tmp_path / "project")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7])
+def test_full_disk__one_clear_error_and_the_next_run_goes_on(trial: Trial, tmp_path: Path, share: float) -> None:
+    """A file system that is really full, at several stages of the work."""
+    whole = sum(len(data) for data in trial.expected.values()) // 1024
+    said = full_disk(trial, tmp_path / "disk", int(share * whole))
+    if said is None:
+        pytest.skip("needs the right to mount a tmpfs")
+    assert said, "the disk was to be too small"
+
+
+def test_repro__one_more_video_changes_its_own_files_only(tmp_path: Path) -> None:
+    """Of the store, `dvc repro` changes the new video's files and the manifest, nothing else."""
+    root = clips()
+    (root / "labels.csv").unlink()
+    project = make_project(tmp_path / "project", {"data.source": str(root.resolve()), "extract.workers": 1, "tracking.enabled": False})
+    scratch_run(project, "dvc", "init", "--quiet", check=False)
+    listings = []
+    for _ in range(2):
+        scratch_run(project, "dvc", "repro", "extract")
+        listings.append({path.name: hash_file(path) for path in (project / "data/frames/main").iterdir()})
+        sample.write_video(root / "new.avi", 3, seed=9)
+    before, after = listings
+    video = next(row.video for row in Manifest.read(project / "data/frames/main/manifest.csv").rows if row.path == "new.avi")
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert {name for name in changed if not name.startswith(video)} == {"manifest.csv"} and f"{video}.tar" in changed

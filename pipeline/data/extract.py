@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -103,7 +104,7 @@ class Extracted:
 
 def extraction_fingerprint(params: ExtractParams) -> str:
     """16 hex digits over all that decides the stored bytes: parameters, format, the code that reads, and OpenCV's version."""
-    names = ["video.py", "dicom.py", "trouble.py", "thinning.py", "store.py"]
+    names = ["video.py", "dicom.py", "trouble.py", "integrity.py", "thinning.py", "store.py"]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
     if params.mask.mode != "none":
         names += ["outline.py", "sector.py", "masking.py"]
@@ -256,6 +257,15 @@ def _rows(source: str, found: LabelledMedia, results: list[Extracted], key: str)
     return merge_identical(rows)
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What cannot be written inside becomes a DataError that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(_write_problem(error, folder)) from None
+
+
 def _place(scratch: Path, output: Path, name: str) -> None:
     """Give the output folder a finished file: a hard link where possible, a copy across file systems."""
     target = output / name
@@ -391,17 +401,19 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
     rows, results = extract_media(found, params, scratch, source=source, key=config.data.pseudonym_key)
     quarantined = [result for result in results if result.reason]
     if source == "main" and config.data.frame_labels:
-        rows, notes = cut_videos(rows, config.data, params, scratch)
+        with _writing(scratch):
+            rows, notes = cut_videos(rows, config.data, params, scratch)
         found.notes += notes
     manifest = _fill_output(output, scratch, rows, quarantined)
     metrics = _metrics(manifest, results, time.perf_counter() - started)
-    write_json(report_folder / "metrics.json", metrics)
-    if rows:
-        store = FrameStore(output)
-        write_contact_sheets(store, report_folder)
-        store.close()
-    masks = [(result.video, found.labels[result.path].label, result.mask) for result in results if result.mask and not result.reason]
-    write_mask_report(masks, scratch, report_folder)
+    with _writing(report_folder):
+        write_json(report_folder / "metrics.json", metrics)
+        if rows:
+            store = FrameStore(output)
+            write_contact_sheets(store, report_folder)
+            store.close()
+        masks = [(result.video, found.labels[result.path].label, result.mask) for result in results if result.mask and not result.reason]
+        write_mask_report(masks, scratch, report_folder)
     _tell(found.notes, quarantined, rows)
     if quarantined and (params.on_error == "fail" or not rows):
         raise DataError(_failures(quarantined, len(results), params.on_error))

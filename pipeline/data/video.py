@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_of
+from pipeline.data.integrity import is_whole, overruns
 from pipeline.data.limits import tick
 from pipeline.data.masking import Decision, Masker
 from pipeline.data.thinning import Thinner
@@ -50,7 +51,6 @@ VIDEO_EXTENSIONS = frozenset(
 ASSUMED_FPS = 25.0
 """Used only where sampling by time is asked for and neither container nor table states a usable rate."""
 
-_ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}
 _STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
 _NUMBERED = re.compile(r"\d+", re.ASCII)
 
@@ -289,38 +289,13 @@ class _Stills:
         if mode.startswith(("I", "F")):
             _note(self._warnings, "more than 8 bits a pixel: only the upper 8 are kept")
         raw = np.fromfile(path, np.uint8)
-        frame = None if _overruns(raw) else cv2.imdecode(raw, cv2.IMREAD_COLOR)
-        if frame is None or not _is_whole(path, raw):
+        frame = None if overruns(raw) else cv2.imdecode(raw, cv2.IMREAD_COLOR)
+        if frame is None or not is_whole(path, raw):
             raise DataError(f"{name}: the image cannot be decoded (damaged or cut off)")
         return frame
 
     def close(self) -> None:
         self._files = []
-
-
-def _overruns(raw: np.ndarray) -> bool:
-    """Whether a PNG declares a part longer than the file; OpenCV takes that much memory before it looks."""
-    place = 8 if raw[:4].tobytes() == b"\x89PNG" else len(raw)
-    while place < len(raw):
-        place += 12 + int.from_bytes(raw[place: place + 4].tobytes(), "big")
-    return place > len(raw) + 12
-
-
-def _is_whole(path: Path, raw: np.ndarray) -> bool:
-    """Whether an image is not cut off. OpenCV fills what is missing with grey and says nothing.
-
-    JPEG and PNG have an end mark; a file without it is decoded once more by Pillow, which does complain.
-    """
-    tail = raw[-64:].tobytes()
-    for start, end in _ENDINGS.items():
-        if raw[: len(start)].tobytes() == start and end in tail:
-            return True
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception:  # as above
-        return False
-    return True
 
 
 def _note(warnings: list[str], text: str) -> None:
