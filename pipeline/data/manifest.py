@@ -183,7 +183,10 @@ def _parse(path: Path, row: int, cells: dict[str | None, str | None]) -> VideoRo
     if None in cells or any(cells[name] is None for name in COLUMNS):
         raise DataError(f"{path}: row {row}: more or fewer cells than the {len(COLUMNS)} columns")
     if cells["schema"] != str(SCHEMA):
-        raise DataError(f"{path}: row {row}, column schema: found {cells['schema']!r}, this version reads {SCHEMA}. Run the extract stage again (dvc repro extract).")
+        raise DataError(
+            f"{path}: row {row}, column schema: found {cells['schema']!r}, this version reads {SCHEMA}. Run the extract stage "
+            f"again (dvc repro extract)."
+        )
     if not _VIDEO_ID.fullmatch(cells["video"] or ""):
         # The id becomes a file name, so nothing but hex digits may pass.
         raise DataError(f"{path}: row {row}, column video: found {cells['video']!r}, expected 16 hex digits")
