@@ -153,13 +153,14 @@ def _plain(decision: Decision | None) -> list[object] | None:
 
 
 def _write_mask(scratch: Path, video: str, masker: Masker) -> None:
-    """The mask as it fits the stored frames (where anything is cut), and the pictures of the contact sheet."""
-    pictures = {"mask.png": masker.mask, "before.png": masker.before, "outline.png": masker.outline}
-    for name, picture in pictures.items():
-        target = scratch / f"{video}.{name}"
-        target.unlink(missing_ok=True)
-        if picture is not None:
-            atomic_write(target, cv2.imencode(".png", picture)[1].tobytes())
+    """The mask as it fits the stored frames (where anything is cut), and the picture for the contact sheet."""
+    mask = scratch / f"{video}.mask.png"
+    if masker.mask is not None:
+        atomic_write(mask, cv2.imencode(".png", masker.mask)[1].tobytes())
+    else:
+        mask.unlink(missing_ok=True)
+    if masker.preview is not None:
+        (scratch / f"{video}.preview.png").write_bytes(cv2.imencode(".png", masker.preview)[1].tobytes())
 
 
 def _identify(task: Task, result: Extracted) -> None:

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.masking import MaskReport
+from pipeline.data.masking import THUMB, MaskReport
 from pipeline.files import atomic_write
 
 __all__ = ["write_mask_report"]
 
 Item = tuple[str, str, MaskReport]
 """Video id, label, and what was found."""
-THUMB, CAPTION, GAP = 160, 16, 6
+CAPTION, GAP = 16, 6
 COLUMNS, LINES = 4, 8
 MAX_PAGES = 12
 _COLUMNS = ("video", "label", "geometry", "confidence", "share", "action", "panes", "doppler", "grown", "reviewed", "review", "reasons")
@@ -32,7 +31,7 @@ def write_mask_report(items: Sequence[Item], scratch: Path, folder: Path) -> lis
     """Write masks.csv, review.csv and masks_1.png, ... into `folder`; earlier ones are removed, and none are written without masks.
 
     What a person should look at comes first, the least sure on top; review.csv has empty columns for the decision and is, filled
-    in and kept elsewhere, what `extract.mask.review` reads. scratch: holds `<video>.before.png` and `<video>.outline.png`.
+    in and kept elsewhere, what `extract.mask.review` reads. scratch: holds `<video>.preview.png`.
 
     Returns:
         Paths of the sheets.
@@ -89,23 +88,7 @@ def _page(items: Sequence[Item], scratch: Path) -> Image.Image:
         sure = "" if report.confidence is None else f" {report.confidence:.2f}"
         text = f"{video} {label[:16] or 'unlabelled'} {report.geometry or report.action}{sure}"
         draw.text((left, top), text.encode("latin-1", "replace").decode("latin-1"), fill="red" if report.review else "black", font=font)
-        for column, picture in enumerate(_before_and_after(scratch, video)):
-            page.paste(Image.fromarray(picture), (left + column * THUMB, top + CAPTION))
+        picture = cv2.imread(str(scratch / f"{video}.preview.png"), cv2.IMREAD_COLOR)
+        if picture is not None:
+            page.paste(Image.fromarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)), (left, top + CAPTION))
     return page
-
-
-def _before_and_after(scratch: Path, video: str) -> list[np.ndarray]:
-    """Two RGB thumbnails; none where the pictures are gone."""
-    before, outline = (cv2.imread(str(scratch / f"{video}.{name}.png"), cv2.IMREAD_UNCHANGED) for name in ("before", "outline"))
-    if before is None or outline is None:
-        return []
-    before = cv2.cvtColor(before, cv2.COLOR_GRAY2RGB if before.ndim == 2 else cv2.COLOR_BGR2RGB)
-    scale = THUMB / max(outline.shape)
-    size = max(1, round(outline.shape[1] * scale)), max(1, round(outline.shape[0] * scale))
-    after = before.copy()
-    after[outline == 0] = 0
-    shown = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in (before, after)]
-    small = cv2.resize(outline, size, interpolation=cv2.INTER_NEAREST)
-    edges, _ = cv2.findContours(small, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    shown[0] = cv2.drawContours(np.ascontiguousarray(shown[0]), edges, -1, (0, 255, 0), 1)
-    return shown

@@ -26,6 +26,8 @@ FEWEST, SAMPLES = 8, 24
 """Frames a mask is found from."""
 _COLOUR_SIDE, _COLOUR_STEP = 96, 8
 """Size of the pictures in which colour is looked for, and of how many frames one is looked at."""
+THUMB = 160
+"""Long side of the pictures on the contact sheets."""
 _WATCH = 16
 """Of how many later frames one is compared with the mask."""
 _DECISIONS = ("accept", "keep", "exclude", "box")
@@ -111,7 +113,10 @@ def is_doppler(pictures: np.ndarray, mask: np.ndarray) -> bool:
         pictures: uint8 [T, h, w, 3] BGR; one for a still.
         mask: bool [h, w].
     """
-    if not mask.any():
+    planes = cv2.split(pictures.reshape(-1, *pictures.shape[2:]))
+    vivid = cv2.subtract(cv2.max(cv2.max(*planes[:2]), planes[2]), cv2.min(cv2.min(*planes[:2]), planes[2])) > 60
+    # Nearly every clip ends here, at a small part of the cost of what follows.
+    if vivid.reshape(pictures.shape[:3])[:, mask].sum() < 0.001 * mask.sum():
         return False
     inside = pictures[:, mask].astype(np.float32)
     grey = inside.mean(2)
@@ -135,9 +140,8 @@ class Masker:
         self.params, self.report = params, MaskReport()
         self.mask: np.ndarray | None = None
         """uint8 [H, W], 255 inside, at the size of the stored frames; None before `decide` and where nothing is cut."""
-        self.before: np.ndarray | None = None
-        """A frame as it was, uncropped, and `outline`, the mask at its size: for the contact sheet."""
-        self.outline: np.ndarray | None = None
+        self.preview: np.ndarray | None = None
+        """uint8 [h, 2 w, 3] BGR: a frame as it was, with the outline, and what is left of it; for the contact sheet."""
         self._name, self._boxes, self._decision = name, boxes, decision
         self._crop: Box | None = None
         self._bytes = self._seen = self._looked = self._grew = 0
@@ -221,20 +225,21 @@ class Masker:
 
     def _keep(self, mask: np.ndarray, frames: Sequence[np.ndarray], grey: np.ndarray) -> None:
         """Note what `apply` needs, the picture for the contact sheet, and whether the picture outgrows the mask already."""
-        self.before = frames[len(frames) // 2]
-        self.outline = mask.astype(np.uint8) * 255
-        self.report.share = round(float(mask.mean()), 4)
+        full = mask.astype(np.uint8) * 255
+        self.preview = _before_and_after(frames[len(frames) // 2], full)
+        # Rounded down, so that 1 means that nothing was cut.
+        self.report.share = int(10000 * float(mask.mean())) / 10000
         if mask.all():
             return
         written = cv2.dilate((grey.min(0) > 20).astype(np.uint8), np.ones((5, 5), np.uint8))
         self._written = written | cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8))
-        for frame in grey:
+        for frame in grey[::3]:
             self._watch(frame)
-        self.mask = self.outline
+        self.mask = full
         if self.params.crop:
-            left, top, width, height = cv2.boundingRect(self.outline)
+            left, top, width, height = cv2.boundingRect(full)
             self._crop = (left, top, left + width, top + height)
-            self.mask = np.ascontiguousarray(self._cropped(self.outline))
+            self.mask = np.ascontiguousarray(self._cropped(full))
         self._stack = self.mask if frames[0].ndim == 2 else cv2.merge([self.mask] * 3)
 
     def _cropped(self, frame: np.ndarray) -> np.ndarray:
@@ -284,6 +289,18 @@ class Masker:
 
 def _grey(frame: np.ndarray) -> np.ndarray:
     return frame if frame.ndim == 2 else cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+
+
+def _before_and_after(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Two thumbnails side by side, uint8 [h, 2 w, 3] BGR. mask: uint8 [H, W]."""
+    scale = THUMB / max(mask.shape)
+    size = max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale))
+    before = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    before = cv2.cvtColor(before, cv2.COLOR_GRAY2BGR) if before.ndim == 2 else before
+    small = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+    after = cv2.bitwise_and(before, before, mask=small)
+    edges, _ = cv2.findContours(small, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return np.concatenate([cv2.drawContours(before, edges, -1, (0, 255, 0), 1), after], axis=1)
 
 
 def _choose(frames: Sequence[np.ndarray]) -> np.ndarray:

@@ -132,9 +132,11 @@ def solid(area: np.ndarray) -> np.ndarray:
     """Letters, ticks and lines removed, gaps closed, thin bridges to a ruler or a label cut. bool -> uint8."""
     size = max(5, round(0.05 * max(area.shape)) | 1)
     area = cv2.morphologyEx(area.astype(np.uint8), cv2.MORPH_OPEN, _kernel(3))
+    inner, border = slice(size, -size), (size, size, size, size)
     # Padded, so that closing does not stick to the border.
-    area = cv2.morphologyEx(np.pad(area, size), cv2.MORPH_CLOSE, _kernel(size))[size:-size, size:-size]
-    return cv2.morphologyEx(np.pad(area, size, mode="edge"), cv2.MORPH_OPEN, _kernel(size))[size:-size, size:-size]
+    area = cv2.morphologyEx(cv2.copyMakeBorder(area, *border, cv2.BORDER_CONSTANT, value=0), cv2.MORPH_CLOSE, _kernel(size))[inner, inner]
+    area = cv2.copyMakeBorder(area, *border, cv2.BORDER_REPLICATE)
+    return cv2.morphologyEx(area, cv2.MORPH_OPEN, _kernel(size))[inner, inner]
 
 
 def _pieces(view: _View, faint: bool) -> tuple[list[np.ndarray], bool]:
