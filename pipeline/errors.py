@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from unicodedata import category
 
-LONGEST_LINE = 3000
+LONGEST_LINE = 1500
 """Characters of one line of a message; file names and lists of names have room in it."""
 
 

@@ -175,7 +175,7 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory(prefix="sonoscope-kill-") as name:
         folder = Path(name)
-        trial = Trial(folder, frames=120)
+        trial = Trial(folder, videos=24, frames=60)
         print(f"undisturbed: {trial.videos} videos in {trial.seconds:.1f} s")
         for number in range(options.kills):
             target, delay = int(rng.integers(trial.videos + 1)), float(rng.uniform(0, 0.15))

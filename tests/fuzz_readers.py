@@ -35,7 +35,7 @@ from pipeline.data.labels import read_labelled_media  # noqa: E402
 from pipeline.data.limits import limit_process  # noqa: E402
 from pipeline.data.manifest import Manifest, VideoRow  # noqa: E402
 from pipeline.data.store import FrameStore  # noqa: E402
-from pipeline.errors import PipelineError  # noqa: E402
+from pipeline.errors import LONGEST_LINE, PipelineError  # noqa: E402
 from pipeline.parameters import DataParams, ExtractParams  # noqa: E402
 
 __all__ = ["Outcome", "fuzz", "run_case"]
@@ -43,7 +43,9 @@ __all__ = ["Outcome", "fuzz", "run_case"]
 SECONDS = 20
 PEAK_MIB = 2048
 LONGEST = 6000
-"""Characters of an error; several problems are listed in one."""
+"""Characters a case may print."""
+LINES = 60
+"""Of one error; several problems are listed in one."""
 PARAMS = (
     ExtractParams(), ExtractParams(color="rgb"), ExtractParams(max_frames=2), ExtractParams(frames_per_second=3, short_side=16),
     ExtractParams(max_pixels=2000),
@@ -72,7 +74,8 @@ def _complaint(text: str, names: list[str], hidden: list[str]) -> str:
             return f"holds {secret!r}"
     if not any(name in text for name in names):
         return "does not name the file"
-    if len(text) > LONGEST + max(map(len, names)):
+    lines = text.replace(names[0], "").split("\n")
+    if len(lines) > LINES or max(map(len, lines)) > LONGEST_LINE + 10:
         return f"has {len(text)} characters"
     if any(ord(letter) < 32 and letter not in "\n\t" or ord(letter) == 127 for letter in text):
         return "holds control characters"
