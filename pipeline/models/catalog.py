@@ -10,7 +10,10 @@ from typing import Literal
 
 from pipeline.registry import BACKBONES, did_you_mean
 
-__all__ = ["LEVEL_HEADS", "BackboneInfo", "describe", "last_block", "levels_problem", "missing_problems", "names", "part_names", "size_problem", "trainable_problem", "within"]
+__all__ = [
+    "LEVEL_HEADS", "BackboneInfo", "describe", "last_block", "levels_problem", "missing_problems", "names", "part_names",
+    "size_problem", "trainable_problem", "within",
+]
 
 
 LEVEL_HEADS = ("hico_official", "hico_pyramid")

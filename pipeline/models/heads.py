@@ -16,7 +16,8 @@ from pipeline.models import levels
 from pipeline.registry import HEADS
 
 __all__ = [
-    "OfficialPyramidHead", "PyramidHead", "SideBySide", "UnitLinear", "bn_mlp", "dino_head", "gallbladder_classifier", "linear_classifier", "msn_projection", "projection_mlp",
+    "OfficialPyramidHead", "PyramidHead", "SideBySide", "UnitLinear", "bn_mlp", "dino_head", "gallbladder_classifier",
+    "linear_classifier", "msn_projection", "projection_mlp",
 ]
 
 

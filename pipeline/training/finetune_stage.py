@@ -95,7 +95,8 @@ def _fingerprint(
     code = code_digest(
         "training/finetune.py", "training/finetune_stage.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
         "models/catalog.py", "models/vit.py", "models/published.py", "models/lora.py",
-        "models/levels.py", "models/heads.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
+        "models/levels.py", "models/heads.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py",
+        "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
         "evaluation/metrics.py",
     )
     finetune = config.finetune.model_dump(mode="json", exclude={"initialisations", "seeds"})

@@ -67,8 +67,11 @@ def _pretrain_fingerprint(config: Config, videos: Sequence[VideoRef], targets: S
     pretrain = config.pretrain.model_dump(mode="json", exclude={"scope", "sources", "monitor", "memory_budget_mb", "checkpoint_seconds"})
     extract = config.extract.model_dump(mode="json", exclude={"workers": True, "on_error": True, "mask": {"review"}})
     code = code_digest(
-        f"methods/{config.pretrain.method}.py", "methods/base.py", "losses.py", "losses_baselines.py", "losses_msn.py", "models/catalog.py", "models/backbones.py", "models/vit.py", "models/published.py", "models/levels.py", "models/heads.py",
-        "models/momentum.py", "models/patches.py", "data/clips.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py",
+        f"methods/{config.pretrain.method}.py", "methods/base.py", "losses.py", "losses_baselines.py", "losses_msn.py",
+        "models/catalog.py", "models/backbones.py", "models/vit.py", "models/published.py", "models/levels.py",
+        "models/heads.py",
+        "models/momentum.py", "models/patches.py", "data/clips.py", "data/photometry.py", "data/randaugment.py",
+        "data/transforms.py", "data/store.py", "data/frames.py", "data/loader.py",
         "distributed.py", "training/optim.py", "training/pretrain.py",
     )
     weights = hash_file(Path(config.pretrain.init)) if Path(config.pretrain.init).is_file() else config.pretrain.init
