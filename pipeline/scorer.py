@@ -49,7 +49,7 @@ def build_network(about: dict[str, Any]) -> Any:
     if network["library"] == "timm":
         import timm
 
-        size = {"img_size": network["image_size"]} if network["patch_size"] else {}
+        size = {"img_size": network["image_size"], "patch_size": network["patch_size"]} if network["patch_size"] else {}
         trunk = timm.create_model(network["timm_name"], pretrained=False, num_classes=0, **size)
     else:
         from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet

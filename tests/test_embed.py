@@ -258,7 +258,7 @@ def test_similar__mistakes_are_explained(embedded, encoder_folder, tmp_path, cap
     with pytest.raises(DataError, match="different encoders cannot be compared"):
         similar(str(image), embedded, encoder=other)
     with pytest.raises(DataError, match="patient .* is not known"):
-        similar(str(image), embedded, other_patients=True)
+        similar(str(image), embedded, encoder=encoder_folder, other_patients=True)
     broken = tmp_path / "broken"
     shutil.copytree(embedded, broken)
     (broken / "pictures.tar").unlink()

@@ -17,7 +17,10 @@ def _torch_network(about: Mapping[str, Any], library: str) -> list[str]:
     network, classes = about["network"], len(about["classes"])
     linear = about["head"] == "linear"
     if library == "timm":
-        name, size = network["timm_name"], f", img_size={network['image_size']}" if network["patch_size"] else ""
+        name, patch = network["timm_name"], network["patch_size"]
+        size = f", img_size={network['image_size']}" if patch else ""
+        # timm has names for the usual patch sizes only; the others are the same network with another one.
+        size += f", patch_size={patch}" if patch and f"patch{patch}_" not in name else ""
         lines = ["import timm", "import torch", "", f"network = timm.create_model({name!r}, num_classes={classes if linear else 0}{size})"]
         top = "head" if network["patch_size"] else "fc"
     elif network["name"]:

@@ -23,10 +23,12 @@ __all__ = ["LIBRARY_HEADS", "Weights", "about", "find_weights", "headline", "inp
 FILES = {"encoder.safetensors": "encoder", "model.safetensors": "classifier"}
 LIBRARY_HEADS = ("linear", "mlp")
 """Heads that sit on the pooled features, where torchvision and timm keep their own classifier."""
-# timm's names of the same architectures; resnet10 has none.
+# timm's names of the same architectures (vit_base_4 and vit_large_7 but for the patch size); resnet10 has none.
 TIMM_NAMES = {
     "resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50", "vit_tiny": "vit_tiny_patch16_224",
     "vit_small": "vit_small_patch16_224", "vit_small_8": "vit_small_patch8_224", "vit_base": "vit_base_patch16_224",
+    "vit_base_4": "vit_base_patch16_224", "vit_base_8": "vit_base_patch8_224", "vit_base_32": "vit_base_patch32_224",
+    "vit_large_7": "vit_large_patch16_224", "vit_large_32": "vit_large_patch32_224",
     "vit_large": "vit_large_patch16_224", "dinov2_small": "vit_small_patch14_dinov2", "dinov2_base": "vit_base_patch14_dinov2",
     "dinov2_large": "vit_large_patch14_dinov2",
 }  # fmt: skip
