@@ -15,12 +15,11 @@ from pipeline.data.video import MediaReader, find_media
 from pipeline.parameters import ExtractParams, MaskParams
 
 SURE = 0.92
-SIZES = [(400, 300), (256, 256), (640, 480)]
+SIZES = [((400, 300), 0), ((256, 256), 1), ((640, 480), 2)]
 
 
 @pytest.mark.parametrize("geometry", sample.GEOMETRIES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("size", "seed"), SIZES)
 def test_find_sector__no_text_and_the_whole_area(geometry: str, size: tuple[int, int], seed: int) -> None:
     clip = sample.scan(geometry, size, seed=seed)
     found = find_sector(clip.frames)

@@ -116,7 +116,7 @@ def is_doppler(pictures: np.ndarray, mask: np.ndarray) -> bool:
     planes = cv2.split(pictures.reshape(-1, *pictures.shape[2:]))
     vivid = cv2.subtract(cv2.max(cv2.max(*planes[:2]), planes[2]), cv2.min(cv2.min(*planes[:2]), planes[2])) > 60
     # Nearly every clip ends here, at a small part of the cost of what follows.
-    if vivid.reshape(pictures.shape[:3])[:, mask].sum() < 0.001 * mask.sum():
+    if vivid.reshape(pictures.shape[:3])[:, mask].sum() <= 0.001 * mask.sum():
         return False
     inside = pictures[:, mask].astype(np.float32)
     grey = inside.mean(2)

@@ -94,7 +94,7 @@ def _strips(sparse: np.ndarray) -> np.ndarray:
     closed = cv2.morphologyEx(sparse.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, max(3, width // 12)), np.uint8))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(closed)
     wide, high = stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT]
-    strip = (wide > 0.4 * width) & (wide > 3 * high)
+    strip = (wide > 0.6 * width) & (wide > 3 * high)
     strip[0] = False
     return strip[labels] & sparse
 
@@ -187,20 +187,15 @@ def _fit(area: np.ndarray, shape: tuple[int, int], margin: float) -> _Outline:
 
 
 def _best_outline(pieces: list[np.ndarray], shape: tuple[int, int], margin: float) -> _Outline:
-    """The outline of the largest piece, and of those beside it that one outline can hold as well.
-
-    A strip, such as an ECG, has to fit better than a piece that may be the near field above a shadow.
-    """
+    """The outline of the largest piece, and of those beside it that one outline can hold as well: parts of it beyond a shadow."""
     area = pieces[0]
     best = _fit(area, shape, margin)
     for piece in pieces[1:]:
         both = _fit(area | piece, shape, margin)
-        rows, columns = np.flatnonzero(piece.any(1)), np.flatnonzero(piece.any(0))
-        loss = 0.0 if np.ptp(columns) > 3 * np.ptp(rows) else 0.06
-        if both.geometry != "free" and both.score >= best.score - loss:
+        if both.geometry != "free" and both.score >= best.score - 0.06:
             area, best = area | piece, both
     # Blocks of text are smaller.
-    large = [piece for piece in pieces if piece.sum() >= 0.15 * pieces[0].sum()]
+    large = [piece for piece in pieces if piece.sum() >= 0.08 * pieces[0].sum()]
     return replace(best, hull=hull(np.logical_or.reduce(large)))
 
 
