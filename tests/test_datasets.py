@@ -19,6 +19,7 @@ from pipeline.config import load_config
 from pipeline.data.extract import extract_source
 from pipeline.data.labels import read_labelled_media
 from pipeline.data.manifest import Manifest
+from pipeline.data.recipes import fetch
 from pipeline.data.recipes.base import Recipe, Row
 from pipeline.data.recipes.catalog import recipe
 from pipeline.data.recipes.endoscopy import PHASES, TOOLS
@@ -221,6 +222,28 @@ def test_fetch__continues_after_every_step(origin: tuple[str, str], tmp_path: Pa
             fetch_pocus(target, url=url, revision=revision, tell=tell)
         fetch_pocus(target, url=url, revision=revision, tell=lambda line: None)
         assert recipe("pocus").check(recipe("pocus").scan(target))[0].startswith("surplus:")
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 5, 7])
+def test_fetch__continues_after_a_kill_while_the_clone_is_set_up(
+    done: int, origin: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, revision = origin
+    real, calls = fetch._git, []
+
+    def killed(folder: Path, *words: str) -> str:
+        calls.append(words)
+        if len(calls) > done:
+            raise KeyboardInterrupt
+        return real(folder, *words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch, "_git", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch_pocus(tmp_path / "clone", url=url, revision=revision)
+    fetch_pocus(tmp_path / "clone", url=url, revision=revision, tell=lambda line: None)
+    assert git(tmp_path / "clone", "config", "remote.origin.partialclonefilter") == "blob:none"
+    assert len(recipe("pocus").scan(tmp_path / "clone").rows) == 6
 
 
 def test_fetch__refusals(origin: tuple[str, str], tmp_path: Path) -> None:

@@ -96,20 +96,20 @@ def _has_head(target: Path) -> bool:
 
 
 def _begin(target: Path, url: str) -> None:
-    """Make `target` an empty repository with `url` as its origin, unless it is one already."""
-    if (target / ".git").is_dir():
-        known = _git(target, "config", "--get", "remote.origin.url").strip()
-        if known != url:
-            raise DataError(f"{target}: is a clone of {known}, not of {url}; choose another folder")
-        return
+    """Make `target` a partial clone of `url` without files yet, unless it is one; a call that was cut short anywhere is finished."""
     try:
-        if target.exists() and any(target.iterdir()):
+        if not (target / ".git").is_dir() and target.exists() and any(target.iterdir()):
             raise DataError(f"{target}: is not empty and no clone; choose another folder")
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{target}: cannot be made ({error.strerror})") from None
+    # Repeating this changes nothing, and a kill within it leaves a folder that git takes for no repository.
     _git(target, "init", "--quiet")
-    _git(target, "remote", "add", "origin", url)
+    known = _git(target, "config", "--default", "", "--get", "remote.origin.url").strip()
+    if known not in ("", url):
+        raise DataError(f"{target}: is a clone of {known}, not of {url}; choose another folder")
     # The clone is partial: missing files are asked for when their folder is checked out.
-    _git(target, "config", "remote.origin.promisor", "true")
-    _git(target, "config", "remote.origin.partialclonefilter", "blob:none")
+    settings = {"url": url, "fetch": "+refs/heads/*:refs/remotes/origin/*", "promisor": "true", "partialclonefilter": "blob:none"}
+    for key, value in settings.items():
+        if _git(target, "config", "--default", "", "--get", f"remote.origin.{key}").strip() != value:
+            _git(target, "config", f"remote.origin.{key}", value)
