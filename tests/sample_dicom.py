@@ -76,9 +76,9 @@ def _jpeg(frame: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def write_stream(path: Path, video: Path) -> Path:
+def write_stream(path: Path, video: Path, **changes: Any) -> Path:
     """A video file wrapped as MPEG-4 DICOM."""
-    dataset = header(Rows=48, Columns=64, NumberOfFrames=6, SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7)
+    dataset = header(Rows=48, Columns=64, NumberOfFrames=6, SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7, **changes)
     dataset.PixelRepresentation, dataset.PhotometricInterpretation = 0, "YBR_PARTIAL_420"
     dataset.PixelData = encapsulate([video.read_bytes()])
     dataset["PixelData"].VR = "OB"

@@ -251,5 +251,5 @@ def test_stage__foreign_weights_end_with_a_sentence(tmp_path: Path) -> None:
     make_project(tmp_path, pretrain__init="vit.pth")
     done = run_stage(tmp_path, "pretrain", "--fold", "0")
     assert done.returncode == 2
-    assert re.match(r"error: pretrain\.init: vit\.pth does not fit this backbone", done.stderr), done.stderr
+    assert re.match(r"error: pretrain\.init: vit\.pth: the names are those of no known program", done.stderr), done.stderr
     assert "Traceback" not in done.stderr

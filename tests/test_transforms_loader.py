@@ -303,7 +303,7 @@ def test_loader__labels_videos_and_roles(store: FrameStore) -> None:
         "positive": (4, 1, 3, 32, 32),
         "negatives": (4, 3, 3, 32, 32),
     }
-    known = {ref.number: "ab".index(ref.row.label) for ref in made.frames.videos}
+    known = {ref.number: int(label) for ref, label in zip(made.frames.videos, made.labels, strict=True)}
     assert batch.label.tolist() == [known[int(v)] for v in batch.video]
     moved = batch.to(torch.device("meta"))
     assert moved.video.device.type == moved.frames["anchor"].device.type == "meta"

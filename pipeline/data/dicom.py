@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.data.limits import tick
 from pipeline.errors import DataError
 
-__all__ = ["DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames", "stream_of"]
+__all__ = ["DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames", "stream_header", "stream_of"]
 
 EXTENSIONS = frozenset({".dcm", ".dicom", ".ima"})
 INSTALL = 'pip install "sonoscope[dicom]"'
@@ -33,13 +33,13 @@ _VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")
 """MPEG-2, MPEG-4/H.264 and HEVC inside DICOM: one stream in the pixel data, decoded as a video file."""
 _JPEG = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[0-9]|6[0-9]|70|80|81|90|91|92|93)")
 """Codestreams that end with the marker FF D9."""
-MAX_INFLATED = 1 << 30
+MAX_INFLATED = 1 << 28
 """Bytes a deflated file may unpack to."""
 
 _TAGS = [
     "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation", "PlanarConfiguration",
     "PhotometricInterpretation", "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate", "WindowCenter", "WindowWidth",
-    "SequenceOfUltrasoundRegions", "UltrasoundColorDataPresent", "BurnedInAnnotation", "SpecificCharacterSet",
+    "RescaleSlope", "RescaleIntercept", "SequenceOfUltrasoundRegions", "UltrasoundColorDataPresent", "BurnedInAnnotation", "SpecificCharacterSet",
     *(f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
 ]
@@ -120,11 +120,17 @@ def _header(path: Path, tags: list[str]) -> Any:
     return dataset
 
 
+def _is_deflated(path: Path, pydicom: Any) -> bool:
+    if not is_dicom(path) or path.stat().st_size <= 132:
+        return False
+    return pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED
+
+
 def _refuse_bomb(path: Path, pydicom: Any) -> None:
     """A deflated file is unpacked as a whole by pydicom: refuse one that unpacks to more than `MAX_INFLATED`."""
-    meta = pydicom.filereader.read_file_meta_info(path) if is_dicom(path) and path.stat().st_size > 132 else None
-    if meta is None or meta.get("TransferSyntaxUID") != DEFLATED:
+    if not _is_deflated(path, pydicom):
         return
+    meta = pydicom.filereader.read_file_meta_info(path)
     with open(path, "rb") as handle:
         handle.seek(144 + int(meta.get("FileMetaInformationGroupLength", 0)))
         inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
@@ -149,9 +155,14 @@ def read_identity(path: Path, shown: str) -> Identity:
 
 
 def stored_frames(path: Path) -> int:
-    """Frames the header claims, at least 1; 1 where it cannot be read (reading it in full will say why)."""
+    """Frames the header claims, at least 1; 1 where it cannot be read (reading it in full will say why).
+
+    A deflated file counts as several: its header cannot be read without unpacking all of it, which only workers may do.
+    """
     try:
         with _named("", "unreadable"):
+            if _is_deflated(path, _pydicom("pydicom")):
+                return 2
             return max(1, int(_header(path, ["NumberOfFrames", "Rows"]).get("NumberOfFrames", 1) or 1))
     except DataError:
         return 1
@@ -239,8 +250,8 @@ class DicomFrames:
             self.colour_flow = str(dataset.get("UltrasoundColorDataPresent") or "0").strip() == "1"
             self._check_decoder()
             self._source = self._frames()
-        if _variable_rate(dataset):
-            self.notes.append("variable frame rate: the mean of FrameTimeVector is used")
+            if _variable_rate(dataset):
+                self.notes.append("variable frame rate: the mean of FrameTimeVector is used")
 
     def _check_decoder(self) -> None:
         uid = self._dataset.file_meta.get("TransferSyntaxUID") if hasattr(self._dataset, "file_meta") else None
@@ -259,10 +270,35 @@ class DicomFrames:
         pixels, uid = _pydicom("pydicom.pixels"), self._dataset.file_meta.TransferSyntaxUID
         if _JPEG.fullmatch(uid):
             self._check_codestreams()
-        # A file that is deflated as a whole has to be unpacked first; of all others one frame at a time is read.
-        source = _pydicom("pydicom").dcmread(self._path) if uid == DEFLATED else self._path
+        present = None if uid.is_encapsulated or uid == DEFLATED else self._native_frames()
+        # A file that is deflated as a whole has to be unpacked first, and one whose header lies has to be corrected; of all
+        # others one frame at a time is read.
+        source = self._path
+        if uid == DEFLATED or present not in (None, self.claimed):
+            source = _pydicom("pydicom").dcmread(self._path)
+            source.NumberOfFrames = present or self.claimed
         for frame in pixels.iter_pixels(source):
             yield self._to_bytes(frame, pixels)
+
+    def _native_frames(self) -> int | None:
+        """Whole frames the uncompressed pixel data hold; None where their length is not known."""
+        dataset = self._dataset
+        syntax = dataset.file_meta.TransferSyntaxUID
+        with open(self._path, "rb") as handle:
+            # The reader stops in front of the element, whose length follows its tag (and, explicitly, its type).
+            _pydicom("pydicom").dcmread(handle, stop_before_pixels=True, specific_tags=["Rows"], force=True)
+            head = handle.read(12)
+            rest = self._path.stat().st_size - handle.tell()
+        order: Literal["little", "big"] = "little" if syntax.is_little_endian else "big"
+        length = min(int.from_bytes(head[4:8] if syntax.is_implicit_VR else head[8:12], order), rest + 4 * syntax.is_implicit_VR)
+        halved = str(dataset.get("PhotometricInterpretation") or "") == "YBR_FULL_422"
+        samples = 2 if halved else int(dataset.get("SamplesPerPixel") or 1)
+        size = self.size[0] * self.size[1] * samples * int(dataset.get("BitsAllocated") or 8) // 8
+        if size <= 0:
+            return None
+        if length < size:
+            raise DataError("the pixel data are cut off")
+        return length // size
 
     def _check_codestreams(self) -> None:
         # Read apart from the header, and let go when checked: frames are decoded one by one from the file.
@@ -279,7 +315,7 @@ class DicomFrames:
         kind = str(self._dataset.get("PhotometricInterpretation") or "")
         if kind == "PALETTE COLOR":
             frame = self._coloured(frame, pixels)
-        elif frame.dtype != np.uint8:
+        elif frame.dtype != np.uint8 or (frame.ndim == 2 and self.bits < 8):
             frame = self._windowed(frame)
         if kind == "MONOCHROME1":
             frame = 255 - frame
@@ -301,17 +337,20 @@ class DicomFrames:
         dataset = self._dataset
         centre, width = (dataset.get(name) for name in ("WindowCenter", "WindowWidth"))
         centre, width = (value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value for value in (centre, width))
+        # Slope and intercept bring stored numbers to those the window is given in (PS3.3 C.11.1).
+        slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
         bits, signed = int(dataset.get("BitsStored") or 16), int(dataset.get("PixelRepresentation") or 0)
         if centre is not None and width is not None and float(width) > 1:
-            low, high = float(centre) - float(width) / 2, float(centre) + float(width) / 2
+            low, high = ((float(centre) + side * float(width) / 2 - intercept) / slope for side in (-1, 1))
             rule = "the header's window"
         else:
             low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
             rule = "the range of the stored bits"
+        low, high = min(low, high), max(low, high)
         note = f"{bits} bits a pixel: brought to 8 by {rule}"
         if note not in self.notes:
             self.notes.append(note)
-        return np.clip((frame.astype(np.float32) - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+        return np.clip((frame.astype(np.float32) - low) * (255 / max(high - low, 1e-6)) + 0.5, 0, 255).astype(np.uint8)
 
     def grab(self) -> bool:
         """Decode the next frame; False at the end."""
@@ -329,6 +368,13 @@ class DicomFrames:
     def close(self) -> None:
         """Forget the decoder."""
         self._source, self._frame = iter(()), None
+
+
+def stream_header(path: Path, shown: str) -> tuple[float | None, str, list[Region]]:
+    """(frames per second, its tag, regions) that the header around a video stream states."""
+    with _named(shown, "the DICOM header cannot be read"):
+        dataset = _header(path, _TAGS)
+        return *frame_rate(dataset), _regions(dataset, int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
 
 
 def stream_of(path: Path, shown: str) -> Path | None:

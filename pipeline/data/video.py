@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_of
+from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_header, stream_of
 from pipeline.data.integrity import is_whole, overruns
 from pipeline.data.limits import tick
 from pipeline.data.masking import Decision, Masker
@@ -383,9 +383,14 @@ class MediaReader:
         stream = stream_of(path, shown)
         if stream is not None:
             try:
-                return _Container(Media(shown, "video", stream), self.params.max_pixels)
+                container = _Container(Media(shown, "video", stream), self.params.max_pixels)
             finally:
                 stream.unlink()  # FFmpeg holds it open; nothing is left behind whatever happens
+            # What DICOM says of the recording is believed before what the stream says.
+            fps, source, container.regions = stream_header(path, shown)
+            if fps is not None:
+                container.fps, container.fps_source = fps, source
+            return container
         frames = DicomFrames(path, shown, self.params.max_pixels)
         self.facts.warnings += frames.notes
         return frames
