@@ -29,7 +29,7 @@ __all__ = [
 # Values that say where data lie, who is in them, or that are free text. Their effect on a result is carried by the data
 # set's digest, so nothing is lost for comparison.
 PRIVATE_KEYS = re.compile(
-    r"(^|\.)(pseudonym_key|data\.(source|labels|include|extra_sources)|split\.file|evaluate\.title)(\.|$)"
+    r"(^|\.)(pseudonym_key|data\.(source|labels|include|extra_sources)|extract\.mask\.review|split\.file|evaluate\.title)(\.|$)"
 )
 STAGE_SECTIONS = {
     "extract": ("data", "extract"),

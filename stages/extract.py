@@ -32,8 +32,7 @@ def main() -> None:
         metrics = extract_source(source, config, output, reports)
         tracker.log_metrics(metrics)
         tracker.log_dataset(source, Manifest.read(output / "manifest.csv").digest(), metrics["rows"], "extract")
-        for sheet in sorted(reports.glob("contact_sheet_*.png")):
-            tracker.log_artifact(sheet, "contact_sheets")
+        # No pictures: frames may show burnt-in names until a person has looked at the sheets.
         tracker.write_sidecar(Path("reports/runs", f"{name}.json"))
     counts = ", ".join(f"{metrics[key]} {key}" for key in ("videos", "images", "frames", "patients", "quarantined"))
     print(f"extract: {counts} in {output}; pictures in {reports}")

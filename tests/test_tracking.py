@@ -30,6 +30,7 @@ def make_config(**tracking: object) -> Config:
         {
             "data": {"source": SECRET_FOLDER, "pseudonym_key": SECRET_KEY, "include": {"name": ["Anna Meyer"]},
                      "extra_sources": {"more": {"path": "/clinic/more_patients"}}},
+            "extract": {"mask": {"review": "reviews/Anna_Meyer.csv"}},
             "split": {"file": "/clinic/own_split.json"},
             "pretrain": {"init": "/clinic/weights/start.safetensors"},
             "methods": {"ucl": {"temperature": 0.07}, "other": {"momentum": 0.5}},
@@ -310,6 +311,7 @@ def test_store__holds_nothing_that_identifies(root: Path) -> None:
     for stage in ("extract", "split", "pretrain"):
         with open_tracker(make_config(), stage) as tracker:
             tracker.log_params({"data": {"source": SECRET_FOLDER}, "where": f"{SECRET_FOLDER}/video.avi"})
+            tracker.log_params({"extract": make_config().extract.model_dump(mode="json")})
             tracker.log_dataset("main", "abc", 3, "training")
             tracker.log_artifact(root / "note.txt")
     content = (root / "mlflow.db").read_bytes()
