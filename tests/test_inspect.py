@@ -94,6 +94,17 @@ def test_inspect__every_oddity_of_a_folder(capsys: pytest.CaptureFixture[str]) -
     assert float(by_path["static.avi"]["repeated_share"]) > 0.9 and by_path["one/scan.avi"]["frames"] == "40"
 
 
+def test_inspect__many_equal_names_cost_no_more_each() -> None:
+    files = [FileReport(f"{number}/scan.avi", "video", patient=f"P{number}") for number in range(20000)]
+    media = {report.path: Media(report.path, "video", Path(report.path)) for report in files}
+    inspect_module._check_names(files, media, Path())
+    inspect_module._say_pairs("same-content", files, "")
+    assert [finding.text for finding in files[1].findings] == [
+        "as 0/scan.avi, 2/scan.avi, 3/scan.avi and 19996 more", "as 0/scan.avi, 2/scan.avi, 3/scan.avi and 19996 more",
+        "P0 and P1 and P10: as 0/scan.avi, 2/scan.avi, 3/scan.avi and 19996 more",
+    ]  # fmt: skip
+
+
 def test_inspect__page_is_self_contained_and_escaped() -> None:
     root = odd_folder(Path("clips"))
     sample.write_clip(root / "<b>&amp;.avi", np.repeat(sample.speckle(1, 7), 20, axis=0))

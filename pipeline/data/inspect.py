@@ -333,12 +333,13 @@ def _check_names(files: list[FileReport], media: dict[str, Media], folder: Path)
         same[unicodedata.normalize("NFC", report.path.rsplit("/", 1)[-1]).casefold()].append(report)
     for group in same.values():
         for report in group if len(group) > 1 else ():
-            report.findings.append(Finding("same-name", f"as {_some([other.path for other in group if other is not report])}"))
+            report.findings.append(Finding("same-name", f"as {_others(group, report)}"))
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _others(group: Sequence[FileReport], report: FileReport, limit: int = 3) -> str:
+    """The first of the others in the group and how many more there are, in the same time for any size of it."""
+    names, more = [other.path for other in group[: limit + 1] if other is not report][:limit], len(group) - 1 - limit
+    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_copies(files: list[FileReport], media: dict[str, Media]) -> None:
@@ -372,15 +373,15 @@ def _digest(media: Media) -> str:
 
 def _say_pairs(code: str, group: list[FileReport], how: str) -> None:
     """A finding for each of a group of copies, more serious where labels or patients disagree."""
-    labels, patients = {report.label for report in group} - {""}, {report.patient for report in group} - {""}
+    labels, patients = (sorted({getattr(report, key) for report in group} - {""}) for key in ("label", "patient"))
     for report in group:
-        others = _some(other.path for other in group if other is not report)
+        others = _others(group, report)
         apart = "; other patient" if len(patients) > 1 and code == "near-duplicate" else ""
         report.findings.append(Finding(code, f"as {others}{how}{apart}"))
         if len(labels) > 1:
-            report.findings.append(Finding(f"{code}-labels", f"{' and '.join(sorted(labels))}: as {others}"))
+            report.findings.append(Finding(f"{code}-labels", f"{' and '.join(labels[:3])}: as {others}"))
         if len(patients) > 1 and code == "same-content":
-            report.findings.append(Finding("same-content-patients", f"{' and '.join(sorted(patients))}: as {others}"))
+            report.findings.append(Finding("same-content-patients", f"{' and '.join(patients[:3])}: as {others}"))
 
 
 def _check_lengths(files: list[FileReport]) -> None:
