@@ -36,6 +36,7 @@ from pipeline.data.masking import (
     MaskReport,
     decision_for,
     read_review,
+    rows_without_file,
 )
 from pipeline.data.pool import CRASHED, run_isolated, usable_cores
 from pipeline.data.store import FrameStore, write_video
@@ -248,12 +249,14 @@ def _rows(source: str, found: LabelledMedia, results: list[Extracted], key: str)
         if result.reason:
             continue
         label, facts = found.labels[result.path], asdict(result.facts)
+        # A DICOM header may claim one frame, or no number, where the file holds more.
+        several = kinds[result.path] == "image" and result.facts.frames_decoded > 1
         notes = [] if label.patient else result.notes
         facts["warnings"] = "; ".join([*facts["warnings"], *notes])
         rows.append(VideoRow(
             video=result.video, source=source, path=result.path, sha256=result.sha256, study=result.study,
-            patient=pseudonym(label.patient, key) or result.patient, label=label.label, kind=kinds[result.path], bytes=result.bytes,
-            **facts,
+            patient=pseudonym(label.patient, key) or result.patient, label=label.label,
+            kind="video" if several else kinds[result.path], bytes=result.bytes, **facts,
         ))
     return merge_identical(rows)
 
@@ -359,7 +362,7 @@ def extract_media(
     """Extract media into the folder `scratch` with several processes: rows of the readable ones, results of all.
 
     Args:
-        key: of the pseudonyms. source: name of the source in the rows.
+        found: gets a note about decisions that match no file. key: of the pseudonyms. source: name of the source in the rows.
 
     Raises:
         DataError: nothing can be written any more.
@@ -368,6 +371,11 @@ def extract_media(
     tasks = [Task(item, params, found.labels[item.path].fps, scratch, key, decisions) for item in found.media]
     wanted = usable_cores() if params.workers == "auto" else max(1, params.workers)
     results = _extract_all(tasks, min(wanted, len(tasks)))
+    unused = rows_without_file(decisions, [(result.path, result.video) for result in results])
+    if unused:
+        rest = ", ..." if len(unused) > 3 else ""
+        count = "1 row matches" if len(unused) == 1 else f"{len(unused)} rows match"
+        found.notes.append(f"extract.mask.review: {count} no file: {', '.join(unused[:3])}{rest}")
     return _rows(source, found, results, key), results
 
 
@@ -415,10 +423,23 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
             store.close()
         masks = [(result.video, found.labels[result.path].label, result.mask) for result in results if result.mask and not result.reason]
         write_mask_report(masks, scratch, report_folder)
-    _tell(found.notes, quarantined, rows)
+    _tell(found.notes + _key_notes(results, config.data.pseudonym_key), quarantined, rows)
+    doubtful = len({video for video, _, mask in masks if mask.review})
+    if doubtful:
+        print(
+            f"{doubtful} of {len({video for video, _, _ in masks})} videos have a doubtful mask; text may remain beside the picture: "
+            f"look at {report_folder / 'masks_1.png'} and decide in review.csv", file=sys.stderr,
+        )
     if quarantined and (params.on_error == "fail" or not rows):
         raise DataError(_failures(quarantined, len(results), params.on_error))
     return metrics
+
+
+def _key_notes(results: list[Extracted], key: str) -> list[str]:
+    """What to say where DICOM identities (only those stand in `results`) were hashed without a secret."""
+    if key or not any(result.patient or result.study for result in results):
+        return []
+    return ["data.pseudonym_key is empty: pseudonyms can be guessed by trying ids; set a secret key before anything leaves this machine"]
 
 
 def _failures(quarantined: list[Extracted], total: int, policy: str) -> str:
