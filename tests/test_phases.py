@@ -129,6 +129,27 @@ def test_extract__annotation_problems_are_told_together(tmp_path: Path, monkeypa
         extract_source("main", config, Path("data/frames/main"), Path("reports"))
 
 
+def test_cut_videos__follow_a_decision_about_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A box that a person decides on for a whole video is black outside in its stretches, although these lie finished in scratch."""
+    config, _ = project(tmp_path, monkeypatch, videos=1, extract__mask={"mode": "sector"})
+    output = Path("data/frames/main")
+    extract_source("main", config, output, Path("reports"))
+    before = {row.video: FrameStore(output).frame(row.video, 0) for row in FrameStore(output).manifest.rows}
+    (tmp_path / "review.csv").write_text("path,decision,x0,y0,x1,y1\nframes/video01,box,30,10,42,30\n", encoding="utf-8")
+    decided = config.extract.mask.model_copy(update={"review": "review.csv"})
+    config = config.model_copy(update={"extract": config.extract.model_copy(update={"mask": decided})})
+    extract_source("main", config, output, Path("reports"))
+    store = FrameStore(output)
+    assert {row.video for row in store.manifest.rows} == set(before)
+    for video, frame in before.items():
+        after = store.frame(video, 0)
+        assert after.shape == frame.shape
+        assert after[:, : frame.shape[1] // 3].max() < 30 < frame[:, : frame.shape[1] // 3].max()
+    tars = {video: (output / f"{video}.tar").stat().st_ino for video in before}
+    extract_source("main", config, output, Path("reports"))
+    assert {video: (output / f"{video}.tar").stat().st_ino for video in before} == tars, "nothing new, nothing written again"
+
+
 def test_splits__one_given_fold_is_a_fixed_division(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training 1-3, validation 4, test 5-6, by the names of the videos; nothing of a whole video lies on two sides."""
     names = [f"video{n:02d}" for n in range(1, 7)]

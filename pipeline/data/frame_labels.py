@@ -18,7 +18,7 @@ from pipeline.data.manifest import VideoRow, pseudonym
 from pipeline.data.store import write_video
 from pipeline.data.thinning import source_frames
 from pipeline.errors import DataError
-from pipeline.files import copy_into, hash_bytes
+from pipeline.files import atomic_write, copy_into, hash_bytes
 from pipeline.parameters import DataParams, ExtractParams
 
 __all__ = ["FrameLabels", "cut_videos", "label_file", "read_frame_labels"]
@@ -126,9 +126,12 @@ def cut_videos(
 
 
 def _stretches(row: VideoRow, names: list[str], key: str, scratch: Path) -> list[VideoRow]:
-    """Rows of the stretches of one video; their tars are written unless an earlier run has done so."""
+    """Rows of the stretches of one video; their tars are written unless an earlier run did so from the same tar of the video."""
     edges = [0, *(i for i in range(1, len(names)) if names[i] != names[i - 1]), len(names)]
     index = np.load(scratch / f"{row.video}.idx.npy", allow_pickle=False)
+    # Another decision about the mask, or another rate, gives other frames: the video's tar is then a new one.
+    source = scratch / f"{row.video}.tar"
+    origin = f"{source.stat().st_size} bytes, written {source.stat().st_mtime_ns}".encode()
     patient = row.patient or pseudonym(PurePosixPath(row.path).stem, key)
     unlabelled = names.count("")
     notes = [row.warnings] * bool(row.warnings) + [f"{unlabelled} frames lie outside the annotation"] * bool(unlabelled)
@@ -136,10 +139,11 @@ def _stretches(row: VideoRow, names: list[str], key: str, scratch: Path) -> list
     for first, end in zip(edges[:-1], edges[1:], strict=True):
         content = hash_bytes(row.sha256, str(first), str(end))
         video = content[:16]
-        tar = scratch / f"{video}.tar"
-        if not tar.is_file():
-            with open(scratch / f"{row.video}.tar", "rb") as whole:
+        tar, record = scratch / f"{video}.tar", scratch / f"{video}.origin"
+        if not tar.is_file() or not record.is_file() or record.read_bytes() != origin:
+            with open(source, "rb") as whole:
                 write_video(scratch, video, (_read(whole, int(offset), int(length)) for offset, length in index[first:end]))
+            atomic_write(record, origin)
         mask = scratch / f"{row.video}.mask.png"
         if mask.is_file():
             copy_into(mask, scratch / f"{video}.mask.png")
