@@ -240,7 +240,7 @@ def test_review__a_person_decides(capsys: pytest.CaptureFixture[str]) -> None:
     ("text", "message"),
     [
         ("path,verdict\na,keep\n", "found columns path, verdict"),
-        ("path,decision\na,maybe\n", "row 2: decision 'maybe'"),
+        ("path,decision\na,maybe\n", "row 2: decision 'maybe' for a; allowed"),
         ("path,decision,x0,y0,x1,y1\na,box,1,2,x,4\n", "row 2: a box needs whole numbers"),
         ("path,decision,x0,y0,x1,y1\na,box,5,2,1,4\n", "row 2: the box .* is empty"),
         ("path,decision\n,keep\n", "row 2: decision 'keep' for nothing"),
@@ -252,6 +252,21 @@ def test_read_review__names_the_row(text: str, message: str) -> None:
         read_review(Path("r.csv"))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_review(Path("absent.csv"))
+
+
+def test_review__rows_that_match_no_file_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("clips").mkdir()
+    for seed in range(2):
+        cv2.imwrite(f"clips/{seed}.png", sample.scan("convex", seed=seed).frames[0])
+    Path("r.csv").write_text("video,path,decision\n,0.png,keep\n,old/1.png,keep\nffffffffffffffff,0.png,keep\n0123456789abcdef,,accept\n,gone.png,\n")
+    run(config({"review": "r.csv"}))
+    told = capsys.readouterr().err
+    assert "extract.mask.review: 2 rows match no file: row 3 (old/1.png), row 5 (0123456789abcdef)\n" in told
+    assert "1 of 2 videos have a doubtful mask; text may remain beside the picture: look at report/masks_1.png and decide in review.csv" in told
+    Path("r.csv").write_text("path,decision\n0.png,keep\n1.png,keep\n")
+    run(config({"review": "r.csv"}))
+    told = capsys.readouterr().err
+    assert "no file" not in told and "doubtful" not in told
 
 
 def test_memory__long_videos_are_masked_from_their_first_frames(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """What a person looks at after masking: all masks as a table, a review list to fill in, and sheets of before and after.
 
-The sheets show frames as they were, with whatever is written in them: they stay on this machine and are never sent to tracking.
+The sheets show frames as they were, with whatever is written in them. They are never sent to tracking, but lie in a DVC output.
 """
 
 from __future__ import annotations

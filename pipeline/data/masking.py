@@ -7,7 +7,7 @@ proves that no name is left: text inside the scan area stays, and a person has t
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pipeline.data.sector import Box, Sector, find_panes, join_panes, solid
 from pipeline.errors import ConfigError, DataError
 from pipeline.parameters import MaskParams
 
-__all__ = ["Decision", "MaskReport", "Masker", "is_doppler", "read_review"]
+__all__ = ["Decision", "MaskReport", "Masker", "decision_for", "is_doppler", "read_review", "rows_without_file"]
 
 MEMORY = 64 << 20
 """Bytes of frames that wait for the mask, in each process; at least `FEWEST` frames do."""
@@ -35,10 +35,11 @@ _DECISIONS = ("accept", "keep", "exclude", "box")
 
 @dataclass(frozen=True)
 class Decision:
-    """What a person decided about one video. box: for `box`, in pixels of the file."""
+    """What a person decided about one video. box: for `box`, in pixels of the file. row: of the review file."""
 
     action: str
     box: Box | None = None
+    row: int = field(default=0, compare=False)
 
 
 @dataclass
@@ -87,7 +88,7 @@ def read_review(path: Path) -> dict[str, Decision]:
             continue
         where = f"extract.mask.review: {path}: row {number}"
         if action not in _DECISIONS or not names:
-            whom = names or "nothing"
+            whom = " and ".join(names) or "nothing"
             raise ConfigError(f"{where}: decision {action!r} for {whom}; allowed: {', '.join(_DECISIONS)}, for a path or video")
         try:
             box = tuple(int(row.get(column) or "") for column in ("x0", "y0", "x1", "y1")) if action == "box" else None
@@ -95,8 +96,16 @@ def read_review(path: Path) -> dict[str, Decision]:
             raise ConfigError(f"{where}: a box needs whole numbers of pixels in x0, y0, x1, y1") from None
         if box is not None and not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
             raise ConfigError(f"{where}: the box {box} is empty; wanted 0 <= x0 < x1 and 0 <= y0 < y1")
-        found |= {name: Decision(action, box) for name in names}
+        found |= {name: Decision(action, box, number) for name in names}
     return found
+
+
+def rows_without_file(decisions: Mapping[str, Decision], files: Iterable[tuple[str, str]]) -> list[str]:
+    """Rows of the review file that match none of these files (path, video id): `row 3 (a.avi)`."""
+    known = {name for file in files for name in file}
+    used = {decision.row for name, decision in decisions.items() if name in known}
+    unused = {decision.row: name for name, decision in decisions.items() if decision.row not in used}
+    return [f"row {row} ({name})" for row, name in sorted(unused.items())]
 
 
 def decision_for(decisions: Mapping[str, Decision], path: str, video: str) -> Decision | None:
