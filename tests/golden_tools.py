@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["Mismatch", "close", "exact", "formula_image", "formula_weight", "tensor"]
+__all__ = ["Mismatch", "close", "exact", "formula_image", "formula_weight", "released_cases", "tensor"]
 
 
 class Mismatch(AssertionError):
@@ -68,3 +71,27 @@ def formula_weight(key: str, shape: Sequence[int], salt: int = 0, dtype: torch.d
 def formula_image(number: int, shape: Sequence[int], salt: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Image `number` (0-based) of shape [C, H, W]."""
     return _repeated(_wave(100 * (number + 1) + 1000 * salt), shape, dtype)
+
+
+def _unknown() -> None:
+    raise Mismatch("no check for this kind of file")
+
+
+def released_cases(
+    folder: Path, index: Any, checks: Mapping[str, Callable[..., None]], facts: Mapping[str, Callable[..., None]]
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(file, case, check) of the format that USCL's and HiCo's arrays share: `.npz` cases by `id`, and JSON files of facts.
+
+    `checks` by the beginning of a file's name, the longest deciding; `facts` by the name of a JSON file.
+    """
+    for file_name, content in sorted(index["files"].items()):
+        matching = [name for name in checks if file_name.startswith(name)]
+        with np.load(folder / file_name, allow_pickle=False) as arrays:
+            for entry in content["cases"]:
+                case = {name: arrays[array["key"]] for name, array in entry["arrays"].items()}
+                run = partial(checks[max(matching, key=len)], case, entry["settings"]) if matching else _unknown
+                yield file_name, entry["id"], run
+    for path in sorted(folder.glob("*.json")):
+        if path.name != "index.json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            yield path.name, "all", partial(facts[path.stem], content) if path.stem in facts else _unknown

@@ -6,7 +6,6 @@ of weights. Shapes alone are computed on torch's meta device, which holds no num
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from golden_tools import close, exact, formula_image, formula_weight, tensor
+from golden_tools import close, exact, formula_image, formula_weight, released_cases, tensor
 
 from pipeline import losses
 from pipeline.data.clips import ClipBatch
@@ -331,20 +330,6 @@ def recognises(index: Any) -> bool:
     )
 
 
-def _unknown() -> None:
-    raise AssertionError("no check for this kind of file")
-
-
 def cases(folder: Path, index: Any) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(file, case, check) of every case; the check raises where the arrays are not reproduced."""
-    for file_name, content in sorted(index["files"].items()):
-        matching = [name for name in CHECKS if file_name.startswith(name)]
-        with np.load(folder / file_name, allow_pickle=False) as arrays:
-            for entry in content["cases"]:
-                case = {name: arrays[array["key"]] for name, array in entry["arrays"].items()}
-                run = partial(CHECKS[max(matching, key=len)], case, entry["settings"]) if matching else _unknown
-                yield file_name, entry["id"], run
-    for path in sorted(folder.glob("*.json")):
-        if path.name != "index.json":
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            yield path.name, "all", partial(FACTS[path.stem], facts) if path.stem in FACTS else _unknown
+    yield from released_cases(folder, index, CHECKS, FACTS)

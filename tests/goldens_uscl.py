@@ -7,7 +7,6 @@ contrastive loss alone. Schedules and metrics are those of its successor HiCo, w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import goldens_uscl_images
 import numpy as np
 import torch
-from golden_tools import Mismatch, close, exact, formula_image, formula_weight, tensor
+from golden_tools import Mismatch, close, exact, formula_image, formula_weight, released_cases, tensor
 from goldens_hico import OWN as OF_HICO
 from goldens_hico import check_finetune_metrics, check_lr_finetune, check_lr_pretrain
 from scipy.stats import chi2_contingency
@@ -261,20 +260,6 @@ def recognises(index: Any) -> bool:
     ) and all(isinstance(f, dict) and f.get("cases") and all("id" in c for c in f["cases"]) for f in files.values())
 
 
-def _unknown() -> None:
-    raise Mismatch("no check for this kind of file")
-
-
 def cases(folder: Path, index: Any) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(file, case, check) of every case; the check raises `Mismatch` where the arrays are not reproduced."""
-    for file_name, content in sorted(index["files"].items()):
-        matching = [name for name in CHECKS if file_name.startswith(name)]
-        with np.load(folder / file_name, allow_pickle=False) as arrays:
-            for entry in content["cases"]:
-                case = {name: arrays[array["key"]] for name, array in entry["arrays"].items()}
-                run = partial(CHECKS[max(matching, key=len)], case, entry["settings"]) if matching else _unknown
-                yield file_name, entry["id"], run
-    for path in sorted(folder.glob("*.json")):
-        if path.name != "index.json":
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            yield path.name, "all", partial(FACTS[path.stem], facts) if path.stem in FACTS else _unknown
+    yield from released_cases(folder, index, CHECKS, FACTS)
