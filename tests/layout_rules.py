@@ -67,7 +67,7 @@ ORDER = """
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
     evaluation.statistics evaluation.phases evaluation.predictions evaluation.feature_plots
     evaluation.report
-    evaluation.summary evaluation.content
+    evaluation.summary evaluation.content evaluation.parts
     evaluation.feature_pages
     evaluation.pages
     evaluation.evaluate

@@ -5,7 +5,7 @@ Refuses what cannot be trusted (`predictions`), computes the numbers (`summary`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.feature_pages import feature_results
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.pages import Results, write_pages
+from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.phases import phase_metrics
 from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
 from pipeline.evaluation.summary import METRICS, average, summarise
@@ -27,6 +28,9 @@ from pipeline.files import atomic_write, write_json
 from pipeline.tracking import NullTracker
 
 __all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_records"]
+
+PARTS: tuple[Callable[[Context], Part | None], ...] = ()
+"""The topics beside the main numbers, in the order of the report."""
 
 
 def evaluate(
@@ -76,9 +80,14 @@ def evaluate(
             "phases judges whole videos"
         )
     roc = write_tables(output, metrics, splits.classes, tables)
-    write_json(output / "metrics.json", compact(metrics))
+    context = Context(config, splits, items, tables, metrics, store, output, initialisations(metrics), whole)
+    parts = [found for part in PARTS if (found := part(context)) is not None]
+    metrics |= {part.key: part.numbers for part in parts}
+    metrics["headline_parts"] = {name: value for part in parts for name, value in part.headline.items()}
+    write_json(output / "metrics.json", compact(metrics, parts))
     write_json(output / "details.json", metrics)
-    results = Results(items, tables, metrics, roc, [*splits.warnings, *warnings], features, stages)
+    said = [*splits.warnings, *warnings, *(line for part in parts for line in part.warnings)]
+    results = Results(items, tables, metrics, roc, said, features, [part.section for part in parts if part.section], stages)
     write_pages(config, splits, store, results, output)
     return metrics
 
@@ -144,7 +153,7 @@ def initialisations(metrics: Mapping[str, Any]) -> list[str]:
     return [first, *(name for name in ("pretrained", "random") if name in metrics and name != first)]
 
 
-def compact(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def compact(metrics: Mapping[str, Any], parts: Sequence[Part] = ()) -> dict[str, Any]:
     """The numbers worth a column in `dvc exp show`: every value here becomes one."""
     ends = ("", "_low", "_high")
     top = ("balanced_accuracy", "pretraining_gain")
@@ -170,7 +179,7 @@ def compact(metrics: Mapping[str, Any]) -> dict[str, Any]:
         }
     result["majority"] = {"accuracy": metrics["majority"]["video"]["accuracy"]}
     result["features"] = {init: _compact_features(numbers) for init, numbers in metrics["features"].items()}
-    return result
+    return result | {part.key: part.compact for part in parts if part.compact}
 
 
 def _compact_features(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +210,7 @@ def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         flat |= {f"{init}.features.{name}": numbers[name] for name in ("precision", "same_patient")}
     for init, numbers in metrics.get("phases", {}).items():
         flat |= {f"phases.{init}.f1": numbers["f1"], f"phases.{init}.pooled_macro_f1": numbers["pooled"]["macro_f1"]}
+    flat |= metrics.get("headline_parts", {})
     return {key: value for key, value in flat.items() if value is not None}
 
 

@@ -24,6 +24,7 @@ from pipeline.evaluation.report import (
     METRIC_NAMES,
     Picture,
     ReportContent,
+    Section,
     Table,
     cautions,
     number,
@@ -57,6 +58,8 @@ class Results:
     """Columns init, class, fpr, tpr."""
     warnings: Sequence[str]
     features: FeatureResults
+    sections: Sequence[Section] = ()
+    """What the parts of the evaluation want shown, in order."""
     stages: Sequence[Mapping[str, Any]] = ()
     """Rows of `pipeline.tracking.link_skipped`."""
 
@@ -108,6 +111,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         commands=COMMANDS,
         warnings=warnings,
         features=features,
+        sections=results.sections,
     )
     write_report(output / "report.html", page)
 

@@ -28,6 +28,7 @@ __all__ = [
     "FeatureSection",
     "Picture",
     "ReportContent",
+    "Section",
     "Table",
     "cautions",
     "headline_sentence",
@@ -66,6 +67,25 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Section:
+    """One topic of the page: paragraphs, a warning or "", pictures, tables, and where it stands."""
+
+    key: str
+    """Also the anchor of its link."""
+    title: str
+    words: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    warning: str = ""
+    after: str = "folds"
+    """The fixed section it follows: classes, folds, errors, training or made."""
+    layout: str = "pair"
+    """Pictures side by side (`pair`), one under another (`wide`), small ones in a grid (`panels`), or one beside its caption (`solo`)."""
+    note: str = ""
+    """Small print under the tables."""
+
+
+@dataclass(frozen=True)
 class FeatureSection:
     """What the encoders see before fine-tuning: a sentence of numbers, a warning or "", maps, tables, rows of neighbours.
 
@@ -100,6 +120,7 @@ class ReportContent:
     commands: Sequence[tuple[str, str]] = ()
     warnings: Sequence[str] = ()
     features: FeatureSection | None = None
+    sections: Sequence[Section] = ()
     environment: Sequence[tuple[str, str]] = field(default_factory=lambda: environment())
 
 
