@@ -65,7 +65,8 @@ ORDER = """
     models.published
     models.classifier
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
-    evaluation.statistics evaluation.phases evaluation.predictions evaluation.feature_plots
+    evaluation.statistics evaluation.fold_tests evaluation.phases evaluation.predictions evaluation.feature_plots
+    evaluation.roc_tests evaluation.decision_tests
     evaluation.report
     evaluation.summary evaluation.content evaluation.parts
     evaluation.feature_pages

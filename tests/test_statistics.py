@@ -11,12 +11,12 @@ import pytest
 from scipy import stats
 
 from pipeline.errors import DataError
+from pipeline.evaluation.fold_tests import corrected_resampled_t
 from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.statistics import (
     METRICS,
     WeightedMetrics,
     bootstrap_intervals,
-    corrected_resampled_t,
     holm,
     paired_bootstrap,
     permutation_test,

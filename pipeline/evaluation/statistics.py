@@ -1,4 +1,4 @@
-"""Uncertainty of metrics when the patient is the independent unit: cluster bootstrap, paired comparisons, fold tests.
+"""Uncertainty of metrics when the patient is the independent unit: cluster bootstrap and paired comparisons.
 
 Letters: B replicates, G patients, N units (frames, videos or patient labels), C classes. Every replicate is a row of
 patient weights (how often a patient was drawn); metrics of all replicates come from matrix products over per-patient
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import PROBABILITY_FLOOR, Scores
@@ -20,14 +19,13 @@ from pipeline.evaluation.metrics import PROBABILITY_FLOOR, Scores
 __all__ = [
     "METRICS",
     "Comparison",
-    "FoldTest",
     "Interval",
     "WeightedMetrics",
     "bootstrap_intervals",
-    "corrected_resampled_t",
     "holm",
     "paired_bootstrap",
     "permutation_test",
+    "same_patients",
 ]
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss", "brier")
@@ -38,14 +36,14 @@ TOO_FEW_PATIENTS = 2
 
 @dataclass(frozen=True)
 class Interval:
-    """A percentile interval. `low` and `high` are None, with a reason, when they cannot be had."""
+    """A value and its interval. `low` and `high` are None, with a reason, when they cannot be had."""
 
     value: float | None
     low: float | None
     high: float | None
     confidence: float
     replicates: int
-    """Replicates that count."""
+    """Replicates that count; 0 for intervals from a formula."""
     degenerate: int
     """Replicates left out because the metric is not defined there, mostly as a class was not drawn."""
     reason: str = ""
@@ -63,7 +61,7 @@ class Comparison:
     low: float | None
     high: float | None
     p_value: float | None
-    """Two-sided, of the permutation test; None from the bootstrap."""
+    """Two-sided; None from the bootstrap."""
     patients: int
     replicates: int
     degenerate: int
@@ -72,19 +70,6 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class FoldTest:
-    """Result of `corrected_resampled_t`."""
-
-    mean: float
-    standard_error: float
-    t: float | None
-    degrees: int
-    p_value: float | None
-    low: float
-    high: float
 
 
 class WeightedMetrics:
@@ -236,8 +221,12 @@ def bootstrap_intervals(
     return result
 
 
-def _paired(first: Scores, second: Scores) -> tuple[WeightedMetrics, WeightedMetrics]:
-    """Both sets over one order of patients; DataError unless patients and classes agree."""
+def same_patients(first: Scores, second: Scores) -> list[str]:
+    """The sorted patients of two sets of predictions that are to be compared.
+
+    Raises:
+        DataError: patients or classes differ, or there are no rows.
+    """
     names = [set(part.patients.tolist()) for part in (first, second)]
     if first.classes != second.classes:
         raise DataError(f"comparison: classes differ: {', '.join(first.classes)} and {', '.join(second.classes)}")
@@ -250,7 +239,12 @@ def _paired(first: Scores, second: Scores) -> tuple[WeightedMetrics, WeightedMet
         )
     if not names[0]:
         raise DataError("comparison: no rows to compare")
-    order = sorted(names[0])
+    return sorted(names[0])
+
+
+def _paired(first: Scores, second: Scores) -> tuple[WeightedMetrics, WeightedMetrics]:
+    """Both sets over one order of patients; DataError unless patients and classes agree."""
+    order = same_patients(first, second)
     return WeightedMetrics(first, order), WeightedMetrics(second, order)
 
 
@@ -324,42 +318,6 @@ def permutation_test(
     extreme = int((np.abs(defined) >= abs(observed) - 1e-12).sum())
     p_value = extreme / len(defined) if exact else (extreme + 1) / (len(defined) + 1)
     return Comparison(observed, None, None, p_value, count, len(defined), len(drawn) - len(defined))
-
-
-def corrected_resampled_t(
-    differences: Sequence[float], test_over_train: float, *, confidence: float = 0.95
-) -> FoldTest:
-    """Corrected resampled t-test over folds and repeats (Nadeau & Bengio 2003).
-
-    Training sets of folds overlap, so the plain variance of the mean is too small; it is multiplied by
-    1/J + n_test/n_train instead of 1/J.
-
-    Args:
-        differences: J values, one a fold (and repeat), J >= 2.
-        test_over_train: n_test / n_train; for k-fold cross-validation 1 / (k - 1).
-
-    Returns:
-        `t` and `p_value` are None when all differences are equal (no variance to compare with).
-
-    Raises:
-        DataError: fewer than 2 values, a value that is not finite, or a ratio that is not positive.
-    """
-    values = np.asarray(differences, np.float64)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all() or not test_over_train > 0:
-        raise DataError(
-            f"corrected t-test: needs at least 2 finite differences and n_test/n_train > 0; got {values.tolist()} and "
-            f"{test_over_train}"
-        )
-    degrees = len(values) - 1
-    mean = float(values.mean())
-    # Equal values may differ in the last bit; their spread is rounding, not variance.
-    spread = float(values.std(ddof=1))
-    spread = 0.0 if spread <= 1e-12 * max(1.0, abs(mean)) else spread
-    error = spread * float(np.sqrt(1 / len(values) + test_over_train))
-    half = float(stats.t.ppf((1 + confidence) / 2, degrees)) * error
-    t = mean / error if error else None
-    p_value = float(2 * stats.t.sf(abs(t), degrees)) if t is not None else None
-    return FoldTest(mean, error, t, degrees, p_value, mean - half, mean + half)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
