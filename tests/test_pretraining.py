@@ -70,6 +70,14 @@ def assert_same(one, other) -> None:
 # --- exact resume ---------------------------------------------------------------------------------------------------
 
 
+def test_curves__the_last_row_describes_what_is_exported(store: FrameStore, tmp_path: Path) -> None:
+    """DINO exports an average that still moves behind the last optimiser step."""
+    run = make_run(make_config(tmp_path, pretrain__method="dino"), store, tmp_path / "a")
+    _, curves = finish(run)
+    measured = run.monitor.measure(run.method.backbone, run.device, run.config.method_params.augmentation.normalization)
+    assert {name: float(curves[-1][name]) for name in measured} == pytest.approx(measured, rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["ucl", "moco", "simclr", "byol", "dino", "cycle"])
 def test_resume__bit_identical_from_any_step(store: FrameStore, tmp_path: Path, method: str) -> None:
     """3 epochs of 3 steps, stopped in the first step, in the middle of an epoch, at its end, and three times over."""

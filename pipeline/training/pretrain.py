@@ -247,6 +247,12 @@ class Pretraining:
         self.save()
         # Behind the checkpoint, so that a finished run that starts again does it once as well.
         self.method.finish(Progress(self.epoch, total))
+        if self.rows and type(self.method).finish is not Method.finish:
+            # The last row was measured before that; curves and card are to describe what is exported.
+            measured = self._measure()
+            self.rows[-1] |= measured
+            if distributed.is_main():
+                self.tracker.log_metrics(measured, step=self.epoch - 1)
 
     def _train_epoch(self, stop: distributed.StopFlag, bar: tqdm) -> None:
         params, steps = self.config.pretrain, self.context.steps_per_epoch
@@ -316,9 +322,7 @@ class Pretraining:
         last = self.epoch + 1 == params.epochs
         measured: dict[str, float] = {}
         if self.epoch % params.monitor.every_epochs == 0 or last:
-            measured = self.monitor.measure(
-                self.method.backbone, self.device, self.config.method_params.augmentation.normalization
-            )
+            measured = self._measure()
             self._warn(self.monitor.warning(measured))
         row |= measured
         self.rows.append(row)
@@ -330,6 +334,9 @@ class Pretraining:
             tqdm.write(epoch_line(shown, params.epochs, remaining))
             self.tracker.log_metrics({k: v for k, v in shown.items() if k != "epoch"}, step=self.epoch)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, defaultdict(float)
+
+    def _measure(self) -> dict[str, float]:
+        return self.monitor.measure(self.method.backbone, self.device, self.config.method_params.augmentation.normalization)
 
     def _warn(self, sentence: str | None) -> None:
         if sentence and distributed.is_main():
