@@ -7,7 +7,7 @@ the trained layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,12 @@ class FinetuneData:
     train: list[int]
     validation: list[int]
     test: list[int]
+    allowed: Callable[[str, int], Sequence[int]] | None = None
+    """(part, video index) -> frame numbers that part may use, for a split by frame; None: all frames of its videos."""
+
+    def frames_of(self, part: str, video: int) -> Sequence[int]:
+        """Frame numbers of a video that `train`, `validation` or `test` may use."""
+        return range(self.frames.num_frames(video)) if self.allowed is None else self.allowed(part, video)
 
 
 @dataclass(frozen=True)
@@ -136,10 +142,10 @@ class Finetuning:
         """`frames_per_video` random frames of each training video, the same whatever else is drawn."""
         chosen = []
         for video in self.data.train:
-            count = self.data.frames.num_frames(video)
+            usable = self.data.frames_of("train", video)
             rng = np.random.default_rng([self.seed, epoch, self.data.frames.videos[video].number])
-            take = min(self.params.frames_per_video, count)
-            chosen += [(video, int(n)) for n in sorted(rng.choice(count, take, replace=False))]
+            take = min(self.params.frames_per_video, len(usable))
+            chosen += [(video, int(usable[n])) for n in sorted(rng.choice(len(usable), take, replace=False))]
         return chosen
 
     def _render_views(self, items: Sequence[tuple[int, int]], epoch: int) -> np.ndarray:
@@ -222,8 +228,8 @@ class Finetuning:
     @torch.no_grad()
     def predict(self, part: str) -> Predictions:
         """Probabilities of evenly spaced frames of `train`, `validation` or `test` videos, in evaluation mode."""
-        count, frames = self.params.eval_frames_per_video, self.data.frames
-        items = [(v, n) for v in getattr(self.data, part) for n in evenly_spaced(frames.num_frames(v), count)]
+        usable = {v: self.data.frames_of(part, v) for v in getattr(self.data, part)}
+        items = [(v, int(own[n])) for v, own in usable.items() for n in evenly_spaced(len(own), self.params.eval_frames_per_video)]
         self.network.eval()
         logits = torch.cat([self._logits(chunk) for chunk in self._judged(part, items)])
         probabilities = logits.float().softmax(1).cpu().numpy()
