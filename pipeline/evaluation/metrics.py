@@ -18,9 +18,12 @@ from pipeline.errors import DataError
 
 __all__ = [
     "Scores",
+    "RULES",
     "aggregate",
+    "attention_mean",
     "auroc",
     "average_precision",
+    "bin_places",
     "brier_score",
     "classification_metrics",
     "confusion_matrix",
@@ -34,6 +37,7 @@ __all__ = [
 
 # Keys that keep apart predictions of different models on the same video.
 RUN_COLUMNS = ("init", "seed", "fold", "part")
+RULES = ("mean", "max", "vote", "top_k", "attention")
 # Probabilities arrive as float32; a certain and wrong prediction costs -log of this instead of infinity.
 PROBABILITY_FLOOR = 1e-7
 
@@ -106,13 +110,17 @@ def aggregate(
     table: pd.DataFrame,
     classes: Sequence[str],
     level: Literal["video", "patient"],
-    how: Literal["mean", "max", "vote"] = "mean",
+    how: Literal["mean", "max", "vote", "top_k", "attention"] = "mean",
+    top_k: float = 0.2,
 ) -> pd.DataFrame:
     """Frame predictions to one row a video, or videos to one row a patient.
 
     `mean` averages probabilities. `max` takes every class at its most certain member and rescales to sum 1 (a finding
     that shows in one frame counts). `vote` gives the share of members whose most probable class it is (ties: class
-    listed first). Level `patient` first aggregates frames to videos (so that long clips do not outvote short ones),
+    listed first). `top_k` takes for every class the mean of its k largest probabilities (`top_k` below 1: that share of
+    the members, rounded up; from 1: that many, or all) and rescales to sum 1. `attention` weighs the frames of a video by
+    the column `weight` as fine-tuning did (`attention_mean`); videos carry no weight, so a patient is the mean of his
+    videos. Level `patient` first aggregates frames to videos (so that long clips do not outvote short ones),
     then videos.
 
     Labels belong to videos, and one patient may have clips of a healthy and of a diseased region. The unit of level
@@ -126,7 +134,7 @@ def aggregate(
             keep models apart: members are joined only where all of them agree.
         classes: the classes in order.
         level: unit of the result.
-        how: rule for both steps.
+        how: rule for both steps. top_k: see above.
 
     Returns:
         Columns: those of init, seed, fold, part that were there; `video` (level video only), `patient`, `label`,
@@ -136,28 +144,61 @@ def aggregate(
         DataError: a column is missing, the rule is unknown, or one video has two labels or two patients.
     """
     columns = [f"p_{name}" for name in classes]
+    if how == "attention" and "weight" not in table.columns:
+        raise DataError(
+            "aggregation: attention needs the weights of frames (column weight of predictions.csv), which fine-tuning writes with "
+            "finetune.pooling: attention"
+        )
     missing = [name for name in ("video", "patient", "label", *columns) if name not in table.columns]
     if missing:
         raise DataError(f"predictions: column {missing[0]!r} is missing; found: {', '.join(map(str, table.columns))}")
-    if how not in ("mean", "max", "vote") or level not in ("video", "patient"):
-        raise DataError(f"aggregation: got level {level!r}, rule {how!r}; allowed: video, patient and mean, max, vote")
+    if how not in RULES or level not in ("video", "patient"):
+        raise DataError(f"aggregation: got level {level!r}, rule {how!r}; allowed: video, patient and {', '.join(RULES)}")
     runs = [name for name in RUN_COLUMNS if name in table.columns]
     several = table.groupby([*runs, "video"])[["label", "patient"]].nunique().max(axis=1)
     if (several > 1).any():
         raise DataError(f"predictions: video {several.idxmax()} occurs with two labels or two patients")
-    videos = _join(table, [*runs, "video", "patient", "label"], columns, how)
-    return videos if level == "video" else _join(videos, [*runs, "patient", "label"], columns, how)
+    videos = _join(table, [*runs, "video", "patient", "label"], columns, how, top_k)
+    return videos if level == "video" else _join(videos, [*runs, "patient", "label"], columns, "mean" if how == "attention" else how, top_k)
 
 
-def _join(table: pd.DataFrame, keys: list[str], columns: list[str], how: str) -> pd.DataFrame:
+def _join(table: pd.DataFrame, keys: list[str], columns: list[str], how: str, top_k: float) -> pd.DataFrame:
     values = table[columns].to_numpy(np.float64)
     values = _vote(values) if how == "vote" else values
     frame = pd.concat([table[keys].reset_index(drop=True), pd.DataFrame(values, columns=columns)], axis=1)
     grouped = frame.groupby(keys, sort=True)
-    joined = grouped[columns].max() if how == "max" else grouped[columns].mean()
+    if how in ("top_k", "attention"):
+        weights = table["weight"].to_numpy(np.float64) if how == "attention" else None
+        number = grouped.ngroup().to_numpy()
+        order = np.argsort(number, kind="stable")
+        rows = [
+            _most_certain(values[place], top_k) if weights is None else attention_mean(values[place], weights[place])
+            for place in np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
+        ]
+        joined = pd.DataFrame(rows, index=grouped.size().index, columns=columns)
+    else:
+        joined = grouped[columns].max() if how == "max" else grouped[columns].mean()
     joined = joined.div(joined.sum(axis=1), axis=0)
     joined.insert(0, "members", grouped.size())
     return joined.reset_index()
+
+
+def _most_certain(probabilities: np.ndarray, top_k: float) -> np.ndarray:
+    """Mean of the largest values of every class: float64 [N, C] -> [C], not rescaled."""
+    count = len(probabilities)
+    # 0.2 of 5 is 1, whatever the last digit of the product says.
+    kept = min(count, int(top_k)) if top_k >= 1 else max(1, int(np.ceil(round(top_k * count, 9))))
+    return np.sort(probabilities, axis=0)[count - kept :].mean(0)
+
+
+def attention_mean(probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Softmax of the weighted sum of the frames' logits, from their probabilities: [N, C] and weights [N] of sum 1 -> [C].
+
+    A logit is a log-probability but for a number that all classes of the frame share, and the softmax does not see it.
+    """
+    logits = np.asarray(weights, np.float64) @ np.log(np.maximum(np.asarray(probabilities, np.float64), 1e-38))
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -200,21 +241,30 @@ def brier_score(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(((probabilities - np.eye(probabilities.shape[1])[labels]) ** 2).sum(1).mean())
 
 
-def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, list[float]]:
-    """Certainty of the predicted class against how often it is right, in bins of equal numbers of units.
+def bin_places(values: np.ndarray, bins: int, width: Literal["mass", "equal"] = "mass") -> np.ndarray:
+    """Bin of every value in [0, 1], int64 [N]: bins of equal counts (`mass`), or ((k - 1) / bins, k / bins] (`equal`).
 
-    Bins of equal counts (not equal width) because confident models leave most equal-width bins nearly empty. Units of
-    equal certainty stay in one bin, so the result does not depend on their order; fewer distinct values give fewer
-    bins.
+    Equal values share a bin, so the result does not depend on their order; fewer distinct values give fewer bins.
+    """
+    inner = np.linspace(0, 1, bins + 1)[1:-1]
+    edges = np.unique(np.quantile(values, inner, method="inverted_cdf")) if width == "mass" else inner
+    return np.searchsorted(edges, values, side="left")
+
+
+def reliability_curve(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10, width: Literal["mass", "equal"] = "mass"
+) -> dict[str, list[float]]:
+    """Certainty of the predicted class against how often it is right, in bins (`bin_places`).
+
+    Bins of equal counts by default, because confident models leave most equal-width bins nearly empty.
 
     Returns:
         `confidence`, `accuracy` (means per bin) and `count`, lists of equal length, at most `bins` long.
     """
     certainty = probabilities.max(1)
     right = (probabilities.argmax(1) == labels).astype(np.float64)
-    edges = np.unique(np.quantile(certainty, np.linspace(0, 1, bins + 1)[1:-1], method="inverted_cdf"))
-    place = np.searchsorted(edges, certainty, side="left")
-    count = np.bincount(place, minlength=len(edges) + 1)
+    place = bin_places(certainty, bins, width)
+    count = np.bincount(place)
     used = count > 0
     mean = [
         np.bincount(place, weights=values, minlength=len(count))[used] / count[used] for values in (certainty, right)
@@ -222,9 +272,11 @@ def reliability_curve(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     return {"confidence": mean[0].tolist(), "accuracy": mean[1].tolist(), "count": count[used].tolist()}
 
 
-def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> float:
+def expected_calibration_error(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 10, width: Literal["mass", "equal"] = "mass"
+) -> float:
     """Mean |confidence - accuracy| over the bins of `reliability_curve`, weighted by their counts (Guo et al. 2017)."""
-    curve = {name: np.asarray(values) for name, values in reliability_curve(labels, probabilities, bins).items()}
+    curve = {name: np.asarray(values) for name, values in reliability_curve(labels, probabilities, bins, width).items()}
     return float(np.abs(curve["confidence"] - curve["accuracy"]) @ curve["count"] / curve["count"].sum())
 
 

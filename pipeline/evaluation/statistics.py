@@ -22,6 +22,7 @@ __all__ = [
     "Interval",
     "WeightedMetrics",
     "bootstrap_intervals",
+    "draw_patients",
     "holm",
     "paired_bootstrap",
     "permutation_test",
@@ -165,8 +166,8 @@ class WeightedMetrics:
         return result
 
 
-def _draws(patients: int, replicates: int, seed: int) -> np.ndarray:
-    """Patients drawn with replacement, as counts: float64 [B, G]."""
+def draw_patients(patients: int, replicates: int, seed: int) -> np.ndarray:
+    """Patients drawn with replacement, as counts: float64 [B, G]; equal arguments give equal draws."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(patients, np.full(patients, 1 / patients), size=replicates).astype(np.float64)
 
@@ -209,7 +210,7 @@ def bootstrap_intervals(
     if count < TOO_FEW_PATIENTS:
         reason = f"{count} patient: nothing to resample"
         return {name: Interval(_optional(values[name]), None, None, confidence, 0, 0, reason) for name in metrics}
-    drawn = engine.values(_draws(count, replicates, seed), metrics)
+    drawn = engine.values(draw_patients(count, replicates, seed), metrics)
     result = {}
     for name in metrics:
         if not np.isfinite(values[name]):
@@ -272,7 +273,7 @@ def paired_bootstrap(
             else "metric not defined (a class is absent)"
         )
         return Comparison(difference, None, None, None, count, 0, 0, reason)
-    drawn = _difference(left, right, metric, _draws(count, replicates, seed))
+    drawn = _difference(left, right, metric, draw_patients(count, replicates, seed))
     low, high, defined, reason = _percentiles(drawn, confidence)
     return Comparison(difference, low, high, None, count, defined, replicates - defined, reason)
 
