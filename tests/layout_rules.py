@@ -65,11 +65,12 @@ ORDER = """
     models.published
     models.classifier
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
-    evaluation.statistics evaluation.fold_tests evaluation.phases evaluation.predictions evaluation.feature_plots
+    evaluation.statistics evaluation.fold_tests evaluation.phases evaluation.predictions evaluation.feature_plots evaluation.forest
     evaluation.roc_tests evaluation.decision_tests
     evaluation.report
     evaluation.summary evaluation.content evaluation.parts
     evaluation.feature_pages
+    evaluation.shortcuts
     evaluation.pages
     evaluation.evaluate
     evaluation.compare
