@@ -29,7 +29,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.store import FrameStore, write_video
 from pipeline.data.video import Media, sniff
 from pipeline.errors import CheckpointError, DataError
-from pipeline.files import read_json, write_json
+from pipeline.files import csv_text, read_json, write_json
 from pipeline.parameters import ExtractParams
 from pipeline.registry import did_you_mean
 
@@ -126,7 +126,7 @@ def embed(
         with _opened(source, encoder, config, labels, Path(made)) as (store, bad, notes):
             info = _fill(part, store, encoder, config, frames_per_video, batch)
         if bad:
-            pd.DataFrame(bad, columns=["path", "reason"]).to_csv(part / "quarantine.csv", index=False)
+            (part / "quarantine.csv").write_text(csv_text(["path", "reason"], bad), encoding="utf-8")
         info |= {"unreadable": len(bad)}
         write_json(part / SUMMARY, info)
         if output.exists():
@@ -256,6 +256,10 @@ def _thumbnails(refs: list[VideoRef], items: list[tuple[int, int]]) -> Iterator[
         yield cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, THUMB_QUALITY])[1].tobytes()
 
 
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    path.write_text(csv_text(list(table.columns), table.itertuples(index=False)), encoding="utf-8", newline="")
+
+
 def _fill(part: Path, store: FrameStore, encoder: Encoder, config: Config, frames_per_video: int | None, batch: int) -> dict[str, Any]:
     """Write everything but embedding.json into `part`, and return what that will say."""
     refs = gather_videos([store])
@@ -287,10 +291,10 @@ def _fill(part: Path, store: FrameStore, encoder: Encoder, config: Config, frame
             for name in people
         ])
     for level, table in tables.items():
-        table.to_csv(part / f"{level}.csv", index=False, lineterminator="\n")
+        _write_table(part / f"{level}.csv", table)
         np.save(part / f"{level}.npy", vectors[level], allow_pickle=False)
     files = pd.DataFrame([{"video": ref.video, "path": ref.row.path} for ref in refs])
-    files.to_csv(part / "files.csv", index=False, lineterminator="\n")
+    _write_table(part / "files.csv", files)
     write_video(part, "pictures", _thumbnails(refs, items))
     facts = ("method", "backbone", "image_size", "normalization", "fingerprint", "scope", "fold")
     return {

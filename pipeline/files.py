@@ -1,25 +1,31 @@
-"""Where things live and how they are written: the project root, atomic writes, content hashes.
+"""Where things live and how they are written: the project root, atomic writes, CSV tables, content hashes.
 
 Not for formats: the frame store, manifests and checkpoints each have their own module.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "alone_in", "atomic_write", "copy_into", "hash_bytes", "hash_file", "is_odd", "leads_out", "project_root", "read_json", "scratch_folder",
-    "write_curves", "write_json",
+    "alone_in", "atomic_write", "copy_into", "csv_text", "hash_bytes", "hash_file", "is_odd", "leads_out", "project_root", "read_json",
+    "scratch_folder", "shield", "unshield", "write_curves", "write_json",
 ]
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_SHIELDED = re.compile(r"'+[=+\-@\t\r]")
 
 
 def project_root() -> Path:
@@ -146,6 +152,25 @@ def hash_file(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def shield(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: `'` before one of = + - @, tab or CR. `unshield` gives the text back, whatever it was."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def unshield(text: str) -> str:
+    """The text that `shield` was given; text that needs no shield and has none stays as it is."""
+    return text[1:] if _SHIELDED.match(text) else text
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV with a header, every text shielded."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([shield(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    return out.getvalue()
 
 
 def write_curves(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from pipeline.embed import SCHEMA, embed, open_encoder
 from pipeline.errors import DataError
 from pipeline.evaluation.feature_plots import draw_neighbors
 from pipeline.evaluation.neighbors import nearest, unit_rows
-from pipeline.files import read_json
+from pipeline.files import read_json, unshield
 from pipeline.registry import did_you_mean
 
 __all__ = ["Embedding", "similar"]
@@ -54,7 +54,7 @@ class Embedding:
             raise DataError(f"--in: {folder / 'embedding.json'}: not schema {SCHEMA}. Run embed again.")
         try:
             tables = {
-                name: pd.read_csv(folder / f"{name}.csv", dtype=str, keep_default_na=False)[list(columns)]
+                name: pd.read_csv(folder / f"{name}.csv", dtype=str, keep_default_na=False)[list(columns)].map(unshield)
                 for name, columns in COLUMNS.items()
             }
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "videos")}

@@ -16,9 +16,12 @@ from pipeline.data import masking
 from pipeline.data.extract import extract_source, extraction_fingerprint
 from pipeline.data.manifest import Manifest, VideoRow
 from pipeline.data.masking import Decision, Masker, is_doppler, read_review
+from pipeline.data.recipes.catalog import recipe
+from pipeline.data.recipes.prepare import prepare
 from pipeline.data.store import FrameStore
 from pipeline.data.video import MediaReader, find_media
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import shield, unshield
 from pipeline.parameters import DataParams, ExtractParams, MaskParams
 
 LEVEL = 24
@@ -254,6 +257,43 @@ def test_read_review__names_the_row(text: str, message: str) -> None:
         read_review(Path("absent.csv"))
 
 
+def test_tables__no_cell_is_a_formula_and_every_name_comes_back() -> None:
+    """Hostile names through all tables that people open: recipe, manifest, masks, review list filled in, quarantine."""
+    for seed, name in enumerate(("@well", "=SUM(A1)", "'=SUM(A1)", "'-y", "-x", "+z")):
+        Path("clips", name).mkdir(parents=True)
+        cv2.imwrite(f"clips/{name}/a.png", sample.scan("convex", seed=seed).frames[0])
+    Path("clips/@well/=bad.png").write_bytes(b"no picture")
+    paths = {media.path for media in find_media(Path("clips")).media}
+    labels = {path: path.split("/")[0] for path in paths}
+    settings = prepare(recipe("folder"), recipe("folder").scan(Path("clips")), Path("out")).settings
+    data = DataParams(source="clips", labels=settings["data.labels"], include=settings["data.include"], pseudonym_key="k")
+
+    def extracted(**mask: object) -> dict[str, VideoRow]:
+        run(Config(data=data, extract=ExtractParams(workers=1, short_side=256, mask=MaskParams(mode="sector", **mask))))
+        return rows()
+
+    found = extracted(min_confidence=1.0)
+    assert {path: row.label for path, row in found.items()} == {path: labels[path] for path in paths - {"@well/=bad.png"}}
+    tables = [Path("out/labels.csv"), *Path("frames").glob("*.csv"), *Path("report").glob("*.csv")]
+    assert len(tables) == 5 and all(path.stat().st_size for path in tables)
+    cells = [cell for path in tables for cells in csv.reader(path.open(encoding="utf-8", newline="")) for cell in cells]
+    assert not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r") and cell]
+    listed = [unshield(row["path"]) for row in table("review.csv")]
+    assert set(listed) == set(found)
+    decided = [{**row, "decision": "keep", "video": ""} for row in table("review.csv")]
+    with open("decided.csv", "w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, list(decided[0]))
+        writer.writeheader()
+        writer.writerows(decided)
+    assert {row.mask for row in extracted(min_confidence=1.0, review="decided.csv").values()} == {"kept"}
+
+
+@pytest.mark.parametrize("text", ["=1", "-a.avi", "'=1", "''@x", "'plain", "plain", "", "\tx", "'", "a=1", "'\r"])
+def test_shield__gives_every_text_back_and_no_formula(text: str) -> None:
+    assert unshield(shield(text)) == text
+    assert not shield(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
 def test_review__rows_that_match_no_file_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("clips").mkdir()
     for seed in range(2):
@@ -323,7 +363,8 @@ def test_sheets__show_the_least_sure_first() -> None:
     assert [row["review"] for row in listed] == ["1", "0"]
     sheet = cv2.imread("report/masks_1.png")
     assert sheet is not None and (sheet == (0, 255, 0)).all(2).any(), "an outline"
-    assert not any("z.png" in path.read_text() for path in Path("report").glob("*.csv"))
+    assert [row["path"] for row in table("review.csv")] == ["z.png"], "a person has to find the file"
+    assert "z.png" not in Path("report/masks.csv").read_text()
 
 
 def test_store_mask__damaged_is_named() -> None:

@@ -6,9 +6,7 @@ output is linked from there. A killed run, or one video added, repeats no finish
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import os
 import re
 import shutil
@@ -44,6 +42,7 @@ from pipeline.data.video import Facts, Media, MediaReader, content_hash
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import (
     atomic_write,
+    csv_text,
     hash_file,
     read_json,
     scratch_folder,
@@ -294,11 +293,8 @@ def _fill_output(output: Path, scratch: Path, rows: list[VideoRow], quarantined:
         for path in output.iterdir():
             if _STORE_FILE.fullmatch(path.name) and path.name not in wanted:
                 path.unlink()
-        table = io.StringIO(newline="")
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["path", "reason"])
-        writer.writerows([result.path, result.reason] for result in quarantined)
-        atomic_write(output / "quarantine.csv", table.getvalue())
+        table = csv_text(["path", "reason"], ([result.path, result.reason] for result in quarantined))
+        atomic_write(output / "quarantine.csv", table)
         manifest.write(output / "manifest.csv")
     except OSError as error:
         raise DataError(_write_problem(error, output)) from None
@@ -421,13 +417,15 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
             store = FrameStore(output)
             write_contact_sheets(store, report_folder)
             store.close()
-        masks = [(result.video, found.labels[result.path].label, result.mask) for result in results if result.mask and not result.reason]
+        masks = [
+            (result.video, result.path, found.labels[result.path].label, result.mask) for result in results if result.mask and not result.reason
+        ]
         write_mask_report(masks, scratch, report_folder)
     _tell(found.notes + _key_notes(results, config.data.pseudonym_key), quarantined, rows)
-    doubtful = len({video for video, _, mask in masks if mask.review})
+    doubtful = len({video for video, _, _, mask in masks if mask.review})
     if doubtful:
         print(
-            f"{doubtful} of {len({video for video, _, _ in masks})} videos have a doubtful mask; text may remain beside the picture: "
+            f"{doubtful} of {len({video for video, *_ in masks})} videos have a doubtful mask; text may remain beside the picture: "
             f"look at {report_folder / 'masks_1.png'} and decide in review.csv", file=sys.stderr,
         )
     if quarantined and (params.on_error == "fail" or not rows):

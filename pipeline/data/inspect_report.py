@@ -6,8 +6,6 @@ File names stand in all of them: they are for the computer they were made on.
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from pipeline.data.inspect import FileReport, Inspection
 from pipeline.data.trouble import KINDS, SEVERITIES, Finding
 from pipeline.errors import DataError
-from pipeline.files import atomic_write, write_json
+from pipeline.files import atomic_write, csv_text, write_json
 
 __all__ = ["as_text", "summary", "write_inspection"]
 
@@ -153,13 +151,11 @@ def write_inspection(inspection: Inspection, output: Path) -> dict[str, Any]:
 
 def _table(inspection: Inspection) -> str:
     """One row a file, other files and links included; findings as `code: text`, by severity."""
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n", restval="")
-    writer.writeheader()
+    rows = []
     for report in inspection.files:
         header = report.header
-        writer.writerow({
-            "path": _cell(report.path), "kind": report.kind, "readable": "yes" if report.readable else "no", "label": _cell(report.label),
+        rows.append({
+            "path": report.path, "kind": report.kind, "readable": "yes" if report.readable else "no", "label": report.label,
             "patient": report.patient, "container": header.container, "codec": header.codec, "width": header.width or "",
             "height": header.height or "", "frames": "" if report.frames is None else report.frames,
             "frames_claimed": "" if header.frames is None else header.frames, "fps": "" if header.fps is None else f"{header.fps:.4g}",
@@ -168,13 +164,8 @@ def _table(inspection: Inspection) -> str:
             **_by_severity(report.findings),
         })
     for path, finding in inspection.others:
-        writer.writerow({"path": _cell(path), "kind": "other", "readable": "no", **_by_severity([finding])})
-    return out.getvalue()
-
-
-def _cell(text: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+        rows.append({"path": path, "kind": "other", "readable": "no", **_by_severity([finding])})
+    return csv_text(COLUMNS, ([row.get(name, "") for name in COLUMNS] for row in rows))
 
 
 def _by_severity(findings: Sequence[Finding]) -> dict[str, str]:

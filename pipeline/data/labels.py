@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.data.video import Media, Survey, find_media
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import is_odd
+from pipeline.files import is_odd, shield, unshield
 from pipeline.parameters import DataParams
 from pipeline.registry import did_you_mean
 
@@ -210,7 +210,7 @@ def _read_table(path: Path, params: DataParams, tables: _Tables, required: bool,
             if None in cells or None in cells.values():
                 tables.problems.append(f"{where}: does not have {len(columns)} cells like the header")
                 continue
-            _append_row(where, {name: cell.strip() for name, cell in cells.items()}, chosen, tables)
+            _append_row(where, {name: unshield(cell.strip()) for name, cell in cells.items()}, chosen, tables)
     except csv.Error as error:
         tables.problems.append(f"{path.name} line {reader.line_num}: not CSV ({error})")
 
@@ -314,7 +314,8 @@ def _attach(found: LabelledMedia, tables: _Tables, survey: Survey) -> None:
     first: dict[str, _Row] = {}
     hints = 0
     for row in tables.rows:
-        matches = finder.find(row.path)
+        # A table of another program may hold a name that really begins with an apostrophe.
+        matches = finder.find(row.path) or finder.find(shield(row.path))
         if len(matches) != 1:
             what = f"fits several files ({', '.join(matches[:4])}); write the path" if matches else "does not exist"
             # Near names cost a comparison with every file, so only the first few lines get them.

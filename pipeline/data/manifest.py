@@ -1,6 +1,7 @@
 """The table every stage shares: one row a video or still image, with pseudonymous patient, label, counts and warnings.
 
-Schema 3, UTF-8 CSV sorted by the bytes of `path`. Reading is strict: a wrong cell is named by file, row and column.
+Schema 3, UTF-8 CSV sorted by the bytes of `path`, texts shielded against spreadsheets (`files.shield`). Reading is strict: a wrong cell is
+named by file, row and column.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.files import atomic_write, hash_bytes
+from pipeline.files import atomic_write, csv_text, hash_bytes, unshield
 
 __all__ = ["SCHEMA", "Manifest", "VideoRow", "merge_identical", "pseudonym"]
 
@@ -153,14 +154,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write the table atomically."""
-        out = io.StringIO(newline="")
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            cells = asdict(row)
-            cells.update({name: "" for name in _OPTIONAL_NUMBERS if cells[name] is None})
-            writer.writerow(cells)
-        atomic_write(path, out.getvalue())
+        atomic_write(path, csv_text(COLUMNS, ([getattr(row, name) for name in COLUMNS] for row in self.rows)))
 
     def digest(self) -> str:
         """SHA-256 over the rows in order, independent of CSV quoting; 64 hex digits."""
@@ -201,7 +195,7 @@ def _parse(path: Path, row: int, cells: dict[str | None, str | None]) -> VideoRo
         if item.name in _OPTIONAL_NUMBERS and cell == "":
             values[item.name] = None
         elif item.type.startswith("str"):
-            values[item.name] = cell
+            values[item.name] = unshield(cell)
         else:
             values[item.name] = _number(path, row, item.name, cell, float if item.type.startswith("float") else int)
     return VideoRow(**values)

@@ -5,7 +5,6 @@ The sheets show frames as they were, with whatever is written in them. They are 
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,12 @@ import cv2
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.masking import THUMB, MaskReport
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, csv_text
 
 __all__ = ["write_mask_report"]
 
-Item = tuple[str, str, MaskReport]
-"""Video id, label, and what was found."""
+Item = tuple[str, str, str, MaskReport]
+"""Video id, path, label, and what was found."""
 CAPTION, GAP = 16, 6
 COLUMNS, LINES = 4, 8
 MAX_PAGES = 12
@@ -42,12 +41,12 @@ def write_mask_report(items: Sequence[Item], scratch: Path, folder: Path) -> lis
         return []
     folder.mkdir(parents=True, exist_ok=True)
     unique = {item[0]: item for item in items}
-    items = sorted(unique.values(), key=lambda item: (not item[2].review, item[2].confidence or 0.0, item[0]))
+    items = sorted(unique.values(), key=lambda item: (not item[3].review, item[3].confidence or 0.0, item[0]))
     page_of = {item[0]: place // (COLUMNS * LINES) + 1 for place, item in enumerate(items)}
     atomic_write(folder / "masks.csv", _table(_COLUMNS, [_cells(item) for item in items]))
     sheets = {video: f"masks_{page}.png" for video, page in page_of.items() if page <= MAX_PAGES}
-    wanted = [{**_cells(item), "sheet": sheets.get(item[0], "")} for item in items if item[2].review]
-    columns = ("video", "decision", "x0", "y0", "x1", "y1", "sheet", "geometry", "confidence", "action", "reasons")
+    wanted = [{**_cells(item), "sheet": sheets.get(item[0], "")} for item in items if item[3].review]
+    columns = ("path", "video", "decision", "x0", "y0", "x1", "y1", "sheet", "geometry", "confidence", "action", "reasons")
     atomic_write(folder / "review.csv", _table(columns, wanted))
     paths = []
     for page in range(min(MAX_PAGES, -(-len(items) // (COLUMNS * LINES)))):
@@ -59,22 +58,18 @@ def write_mask_report(items: Sequence[Item], scratch: Path, folder: Path) -> lis
 
 
 def _cells(item: Item) -> dict[str, Any]:
-    video, label, report = item
+    video, path, label, report = item
     reasons = [*report.reasons, *["two pictures side by side"] * (report.panes > 1), *["colour Doppler"] * report.doppler]
     known = {name: getattr(report, name) for name in ("geometry", "share", "action", "panes", "grown", "reviewed")}
     confidence = "" if report.confidence is None else report.confidence
     return {
-        **known, "video": video, "label": label, "confidence": confidence, "doppler": int(report.doppler), "review": int(report.review),
+        **known, "video": video, "path": path, "label": label, "confidence": confidence, "doppler": int(report.doppler), "review": int(report.review),
         "reasons": "; ".join(reasons),
     }
 
 
 def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> str:
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_text(columns, ([row.get(name, "") for name in columns] for row in rows))
 
 
 def _page(items: Sequence[Item], scratch: Path) -> Image.Image:
@@ -83,7 +78,7 @@ def _page(items: Sequence[Item], scratch: Path) -> Image.Image:
     cell_width, cell_height = 2 * THUMB + 2 * GAP, THUMB + CAPTION + GAP
     page = Image.new("RGB", (COLUMNS * cell_width + GAP, lines * cell_height + GAP), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default()
-    for place, (video, label, report) in enumerate(items):
+    for place, (video, _, label, report) in enumerate(items):
         left, top = GAP + place % COLUMNS * cell_width, GAP + place // COLUMNS * cell_height
         sure = "" if report.confidence is None else f" {report.confidence:.2f}"
         text = f"{video} {label[:16] or 'unlabelled'} {report.geometry or report.action}{sure}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.data.sector import Box, Sector, find_panes, join_panes, solid
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import unshield
 from pipeline.parameters import MaskParams
 
 __all__ = ["Decision", "MaskReport", "Masker", "decision_for", "is_doppler", "read_review", "rows_without_file"]
@@ -83,7 +84,7 @@ def read_review(path: Path) -> dict[str, Decision]:
     found: dict[str, Decision] = {}
     for number, row in enumerate(rows, start=2):
         action = (row.get("decision") or "").strip().lower()
-        names = [name for name in ((row.get("video") or "").strip(), (row.get("path") or "").strip()) if name]
+        names = [name for name in ((row.get("video") or "").strip(), unshield((row.get("path") or "").strip())) if name]
         if not action:
             continue
         where = f"extract.mask.review: {path}: row {number}"

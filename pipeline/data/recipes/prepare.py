@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from pipeline.data.recipes.base import Recipe, Row, Scan
 from pipeline.errors import DataError
-from pipeline.files import atomic_write, write_json
+from pipeline.files import atomic_write, csv_text, write_json
 
 __all__ = ["Prepared", "official_folds", "prepare"]
 
@@ -63,7 +61,7 @@ def prepare(recipe: Recipe, scan: Scan, out: Path) -> Prepared:
     cells = (
         [row.path, row.label, row.patient, row.split, row.kind, recipe.name, *(row.extra.get(name, "") for name in extra)] for row in scan.rows
     )
-    table = _table(["path", "label", "patient", "split", "kind", "dataset", *extra], cells)
+    table = csv_text(["path", "label", "patient", "split", "kind", "dataset", *extra], cells)
     folds = official_folds(recipe, scan.rows)
     written: dict[Path, str] = {}
     try:
@@ -79,7 +77,7 @@ def prepare(recipe: Recipe, scan: Scan, out: Path) -> Prepared:
             split.unlink(missing_ok=True)
         if scan.boxes:
             boxes = out / "boxes.csv"
-            atomic_write(boxes, _table(["path", "label", "x_min", "y_min", "x_max", "y_max"], scan.boxes))
+            atomic_write(boxes, csv_text(["path", "label", "x_min", "y_min", "x_max", "y_max"], scan.boxes))
             written[boxes] = ""
     except (OSError, UnicodeError) as error:
         raise DataError(f"{out}: cannot be written ({error})") from None
@@ -90,11 +88,3 @@ def prepare(recipe: Recipe, scan: Scan, out: Path) -> Prepared:
     if folds:
         settings |= {"split.file": str(split.resolve()), "split.folds": list(range(len(folds)))}
     return Prepared(tuple(written), settings, any(written.get(path) != text for path, text in before.items()))
-
-
-def _table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
