@@ -14,14 +14,14 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.evaluation.shortcuts import area_facts, file_facts, part, predict
+from pipeline.evaluation.shortcuts import area_facts, file_facts, predict, shortcuts_part
 
 SURE = {"pretrained": 4.0, "random": 4.0}
 
 
 @pytest.fixture(autouse=True)
 def _only_this_part(monkeypatch):
-    monkeypatch.setattr(evaluation, "PARTS", (part,))
+    monkeypatch.setattr(evaluation, "PARTS", (shortcuts_part,))
 
 
 def judged(fake: FakeExperiment, change=lambda row, place: row, store: bool = True):

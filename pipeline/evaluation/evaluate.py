@@ -23,13 +23,16 @@ from pipeline.evaluation.pages import Results, write_pages
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.phases import phase_metrics
 from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
+from pipeline.evaluation.shortcuts import shortcuts_part
 from pipeline.evaluation.summary import METRICS, average, summarise
 from pipeline.files import atomic_write, write_json
 from pipeline.tracking import NullTracker
 
 __all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_records"]
 
-PARTS: tuple[Callable[[Context], Part | None], ...] = ()
+PARTS: tuple[Callable[[Context], Part | None], ...] = (
+    shortcuts_part,
+)
 """The topics beside the main numbers, in the order of the report."""
 
 

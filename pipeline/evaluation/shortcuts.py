@@ -25,7 +25,7 @@ from pipeline.evaluation.predictions import probability_columns
 from pipeline.evaluation.report import METRIC_NAMES, Picture, Section, Table, interval_words, number, percent, plural, signed
 from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap
 
-__all__ = ["area_facts", "file_facts", "part", "predict"]
+__all__ = ["area_facts", "file_facts", "predict", "shortcuts_part"]
 
 KEY = "shortcuts"
 METRICS = tuple(METRIC_NAMES)
@@ -172,7 +172,7 @@ def _judge(context: Context, facts: pd.DataFrame) -> dict[str, Any]:
     return result
 
 
-def part(context: Context) -> Part:
+def shortcuts_part(context: Context) -> Part:
     """Numbers, warnings and the section of the shortcut baselines."""
     facts: dict[str, pd.DataFrame] = {}
     reasons: dict[str, str] = {}
