@@ -69,8 +69,9 @@ class DataParams(Section):
     """Labels of single frames: annotation file of each video, e.g. `phase_annotations/{stem}-phase.txt`; empty for none."""
     frame_label_stride: int = Field(1, ge=1)
     """Rows of the annotation from one frame of the source to the next: 25 for pictures taken once a second of 25."""
-    group: Literal["patient", "video"] = "patient"
-    """The unit that may not be divided by a split. `video` is for data without patient identities and is said loudly."""
+    group: Literal["patient", "video", "frame"] = "patient"
+    """The unit that may not be divided by a split. `video` is for data without patient identities; `video` with known patients and
+    `frame` (frames of one video on both sides) only reproduce published splits, and every number says so."""
     media: Literal["all", "video", "image"] = "all"
     include: dict[str, list[str | int | float]] = Field(default_factory=dict)
     """Keep only rows of the labels table whose column holds one of these values, e.g. `probe: [convex]`."""
@@ -129,6 +130,9 @@ class SplitParams(Section):
     folds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     """Outer folds by number: 0, 1, ... k-1. DVC runs one pretraining and one fine-tuning item per fold. One fold alone is a fixed
     division into training and test, which `file` must give."""
+    repeats: int = Field(1, ge=1)
+    """How often the cross-validation is repeated with another division. `folds` lists the folds of all repeats: 0 to 14 for three
+    repeats of five folds."""
     inner_folds: int = Field(3, ge=2)
     """Training patients are divided into this many parts; one of them is the inner validation part."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -143,6 +147,27 @@ class SplitParams(Section):
         if value != list(range(len(value))):
             raise ValueError(f"must be the numbers 0 to k-1 in order, for example [0, 1, 2, 3, 4]; got {value}")
         return value
+
+    @property
+    def per_repeat(self) -> int:
+        """Folds of one division."""
+        return len(self.folds) // self.repeats
+
+    @property
+    def words(self) -> str:
+        """`5 folds`, or `5 folds x 3 repeats`."""
+        return f"{self.per_repeat} folds" + (f" x {self.repeats} repeats" if self.repeats > 1 else "")
+
+    @model_validator(mode="after")
+    def _equal_repeats(self) -> SplitParams:
+        if self.repeats > 1 and (len(self.folds) % self.repeats or self.per_repeat < 2):
+            # A short list is meant as the folds of one repeat, a long one as those of all.
+            wanted = len(self.folds) if len(self.folds) < 3 * self.repeats else round(len(self.folds) / self.repeats)
+            raise ValueError(
+                f"folds must list the folds of all {self.repeats} repeats, each with as many and at least 2; it has {len(self.folds)}. "
+                f"For {self.repeats} repeats of {wanted} folds write folds: {list(range(self.repeats * wanted))}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_fold_is_given(self) -> SplitParams:

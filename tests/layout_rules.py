@@ -51,6 +51,7 @@ ORDER = """
     data.inspect_report
     data.splits
     data.split_report
+    data.splitting
     data.photometry
     data.randaugment
     data.clips data.transforms
@@ -138,9 +139,7 @@ UNTRACKED = {
 }
 # Read by many stages only to hand on what another stage has written, which is a dependency itself. Stages that do more with
 # them list them.
-READERS = {"data.manifest": ("extract", "extract_extra", "split")} | dict.fromkeys(
-    ("data.folds", "data.given_splits", "data.grouping"), ("split",)
-)
+READERS = {"data.manifest": ("extract", "extract_extra", "split")}
 # Modules that are no part of the fingerprint by which a finished training result is found again, although the stage lists them.
 NOT_IN_FINGERPRINT = {
     "training.inputs": "collects what is in the fingerprint",

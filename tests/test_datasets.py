@@ -26,7 +26,8 @@ from pipeline.data.recipes.endoscopy import PHASES, TOOLS
 from pipeline.data.recipes.fetch import fetch_pocus
 from pipeline.data.recipes.lung import UPSTREAM_FOLDERS, UPSTREAM_REVISION
 from pipeline.data.recipes.prepare import official_folds, prepare
-from pipeline.data.splits import Splits, make_splits
+from pipeline.data.splits import Splits
+from pipeline.data.splitting import make_splits
 from pipeline.errors import DataError
 from pipeline.parameters import DataParams
 

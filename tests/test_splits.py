@@ -15,7 +15,8 @@ from pipeline.config import Config
 from pipeline.data.folds import assign_folds, imbalance
 from pipeline.data.manifest import Manifest, VideoRow, pseudonym
 from pipeline.data.split_report import balance_rows
-from pipeline.data.splits import Fold, InnerFold, Splits, make_splits
+from pipeline.data.splits import Fold, InnerFold, Splits
+from pipeline.data.splitting import make_splits
 from pipeline.errors import ConfigError, DataError, LeakageError
 
 

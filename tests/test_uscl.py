@@ -22,7 +22,8 @@ from pipeline import losses
 from pipeline.config import load_config
 from pipeline.data import clips
 from pipeline.data.clips import PairParams
-from pipeline.data.splits import Splits, make_splits
+from pipeline.data.splits import Splits
+from pipeline.data.splitting import make_splits
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import draw_view, render
 from pipeline.errors import ConfigError, LeakageError

@@ -18,7 +18,8 @@ from pipeline.config import Config, load_config
 from pipeline.data.frames import FrameCache, gather_videos
 from pipeline.data.loader import ClipLoader, SamplingPlan
 from pipeline.data.manifest import Manifest, VideoRow
-from pipeline.data.splits import Splits, make_splits
+from pipeline.data.splits import Splits
+from pipeline.data.splitting import make_splits
 from pipeline.data.store import FrameStore, write_video
 from pipeline.methods.base import Method, MethodContext
 from pipeline.models.backbones import build_backbone

@@ -1,14 +1,15 @@
 """A split made elsewhere (`split.file`): parsed, its entries resolved to videos, every problem named.
 
 Forms, all JSON with one item a fold under `folds`: `{"test": [entry, ...]}`, where `test_videos`, `test_paths` or
-`test_patients` may stand for `test`, and `train` and `inner` (`[{"validation": [...]}, ...]`) may be added, as
-splits.json itself has them. An entry is a path of the manifest, a video id, a patient id of the labels table, or its
-pseudonym.
+`test_patients` may stand for `test`, and `train`, `inner` (`[{"validation": [...]}, ...]`) and `repeat` may be added, as
+splits.json itself has them; with `split.repeats` the folds of one repeat stand before those of the next. An entry is a
+path of the manifest, a video id, a patient id of the labels table, or its pseudonym.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -41,6 +42,8 @@ class GivenSplit:
     folds: list[GivenFold]
     classes: list[str]
     """Classes named by the file, or []."""
+    repeats: int = 1
+    """In how many equal rows the folds come; each row tests every video once."""
 
     def resolve(
         self, manifest: Manifest, labels: Mapping[str, str], left_out: Mapping[str, str], key: str
@@ -58,7 +61,7 @@ class GivenSplit:
 
         Raises:
             DataError: unknown entries (the nearest known one beside each), entries without a label, empty folds, or
-                labelled videos that no fold tests.
+                labelled videos that a repeat tests not at all or twice.
         """
         resolver = _Resolver(manifest, labels, left_out, key)
         folds = [
@@ -84,18 +87,35 @@ class GivenSplit:
                 "remove the "
                 "fold or fill it."
             )
-        tested = {video for fold in folds for video in fold.test}
-        missing = [row for row in manifest.rows if row.video in labels and row.video not in tested]
+        size = len(folds) // self.repeats
+        for first in range(0, len(folds), size):
+            where = f" of repeat {first // size}" if self.repeats > 1 else ""
+            self._check_tested_once(manifest, labels, folds[first : first + size], first, where)
+        return folds, sorted(resolver.dropped)
+
+    def _check_tested_once(
+        self, manifest: Manifest, labels: Mapping[str, str], folds: Sequence[GivenFold], first: int, where: str
+    ) -> None:
+        """Each labelled video in one test part of a repeat; its folds are numbered from `first`."""
+        tested: dict[str, list[int]] = {}
+        for number, fold in enumerate(folds, start=first):
+            for video in fold.test:
+                tested.setdefault(video, []).append(number)
+        used = [row for row in manifest.rows if row.video in labels]
+        twice = [f"{row.path} (folds {', '.join(map(str, tested[row.video]))})" for row in used if len(tested.get(row.video, ())) > 1]
+        if twice:
+            raise DataError(
+                f"{self.path}: {len(twice)} videos are tested more than once{where}: {', '.join(twice[:SHOWN])}"
+                f"{', ...' if len(twice) > SHOWN else ''}. Every video is a test video of one fold; for a repeated cross-validation set "
+                "split.repeats."
+            )
+        missing = [f"{row.path} ({row.label})" for row in used if row.video not in tested]
         # One fold alone is a fixed division: what it does not test is trained on.
         if missing and len(folds) > 1:
-            names = ", ".join(f"{row.path} ({row.label})" for row in missing[:SHOWN])
             raise DataError(
-                f"{self.path}: {len(missing)} of {len(labels)} labelled videos are in no test fold: {names}"
-                f"{', ...' if len(missing) > SHOWN else ''}. Add them, or leave them out with data.classes, "
-                "data.include or "
-                "data.media."
+                f"{self.path}: {len(missing)} of {len(labels)} labelled videos are in no test fold{where}: {', '.join(missing[:SHOWN])}"
+                f"{', ...' if len(missing) > SHOWN else ''}. Add them, or leave them out with data.classes, data.include or data.media."
             )
-        return folds, sorted(resolver.dropped)
 
 
 class _Resolver:
@@ -128,6 +148,7 @@ class _Resolver:
     def videos(self, entries: Sequence[str], where: str) -> list[str]:
         """Sorted video ids of the entries that can be used."""
         found: set[str] = set()
+        self.problems += [f"{where}: {entry!r} is listed twice" for entry, count in Counter(entries).items() if count > 1]
         for entry in entries:
             videos = self._find(entry)
             if videos is None:
@@ -173,15 +194,17 @@ def _fold(path: Path, number: int, value: Any) -> GivenFold:
     )
 
 
-def read_given_split(path: Path, folds: int) -> GivenSplit:
+def read_given_split(path: Path, folds: int, repeats: int = 1) -> GivenSplit:
     """Parse a split file; entries are looked up later by `GivenSplit.resolve`.
 
     Args:
         path: of the JSON file.
-        folds: number of folds that params.yaml asks for.
+        folds: number of folds that params.yaml asks for, over all repeats.
+        repeats: `split.repeats`.
 
     Raises:
-        DataError: missing or unreadable file, wrong form, or another number of folds than `split.folds`.
+        DataError: missing or unreadable file, wrong form, another number of folds than `split.folds`, or folds that say they
+            belong to another repeat.
     """
     path = Path(path)
     try:
@@ -192,12 +215,18 @@ def read_given_split(path: Path, folds: int) -> GivenSplit:
         raise DataError(f"split.file: {path} is not readable JSON ({error})") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("folds"), list):
         raise DataError(f'split.file: {path} must look like {{"folds": [{{"test": ["path or id", ...]}}, ...]}}')
-    if len(raw["folds"]) != folds:
+    said = [fold.get("repeat", number * repeats // folds) if isinstance(fold, dict) else 0 for number, fold in enumerate(raw["folds"])]
+    if len(said) != folds:
         raise DataError(
-            f"split.file: {path} has {len(raw['folds'])} folds and split.folds has {folds}; "
-            f"set split.folds to {list(range(len(raw['folds'])))}"
+            f"split.file: {path} has {len(said)} folds and split.folds has {folds}; set split.folds to {list(range(len(said)))}"
+            + (" and split.repeats to as many as the file has" if any(said) else "")
+        )
+    if said != [number * repeats // folds for number in range(folds)]:
+        raise DataError(
+            f"split.file: {path}: its {folds} folds say that they belong to repeats {said}, and split.repeats is {repeats}. Set "
+            "split.repeats to the number of repeats, or take `repeat` out of the file."
         )
     classes = raw.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise DataError(f"split.file: {path}: classes must be a list of labels; found {classes!r}")
-    return GivenSplit(path, [_fold(path, number, value) for number, value in enumerate(raw["folds"])], classes)
+    return GivenSplit(path, [_fold(path, number, value) for number, value in enumerate(raw["folds"])], classes, repeats)

@@ -11,7 +11,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data.duplicates import NearDuplicate, find_near_duplicates, read_prints
 from pipeline.data.manifest import Manifest
-from pipeline.data.splits import Splits, make_splits
+from pipeline.data.splits import Splits
+from pipeline.data.splitting import make_splits
 from pipeline.data.store import FrameStore
 from pipeline.files import atomic_write, write_json
 
