@@ -66,11 +66,12 @@ ORDER = """
     models.published
     models.classifier
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
+    evaluation.curves
     evaluation.statistics evaluation.fold_tests evaluation.phases evaluation.predictions evaluation.feature_plots evaluation.forest
     evaluation.roc_tests evaluation.decision_tests
     evaluation.report
     evaluation.summary evaluation.content evaluation.parts
-    evaluation.feature_pages
+    evaluation.feature_pages evaluation.curve_pages
     evaluation.shortcuts
     evaluation.pages
     evaluation.evaluate

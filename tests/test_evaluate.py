@@ -151,7 +151,7 @@ def test_numbers__seeds_are_averaged_and_their_spread_is_shown(tmp_path):
 
 def test_numbers__same_bytes_twice(fake):
     run(fake)
-    names = ("metrics.json", "details.json", "predictions_video.csv", "pictures/roc_random.png")
+    names = ("metrics.json", "details.json", "predictions_video.csv", "pictures/curves_1_a.png")
     first = [(fake.root / "reports/evaluate" / name).read_bytes() for name in names]
     run(fake)
     assert [(fake.root / "reports/evaluate" / name).read_bytes() for name in names] == first
@@ -237,7 +237,7 @@ def test_files__tables_for_dvc(fake):
         "confusion_pretrained.png",
         "confusion_random.png",
         "folds.png",
-        "roc_pretrained.png",
+        "curves_1_a.png",
     }
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_curve
 
 from pipeline.config import Config
 from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
+from pipeline.evaluation.curve_pages import curves_part
 from pipeline.evaluation.feature_pages import feature_results
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.pages import Results, write_pages
@@ -31,6 +31,7 @@ from pipeline.tracking import NullTracker
 __all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_records"]
 
 PARTS: tuple[Callable[[Context], Part | None], ...] = (
+    curves_part,
     shortcuts_part,
 )
 """The topics beside the main numbers, in the order of the report."""
@@ -82,7 +83,7 @@ def evaluate(
             "labels belong to frames: a video of these tables is a stretch of one label, and a patient is the whole video; the table of "
             "phases judges whole videos"
         )
-    roc = write_tables(output, metrics, splits.classes, tables)
+    write_tables(output, metrics, splits.classes, tables)
     context = Context(config, splits, items, tables, metrics, store, output, initialisations(metrics), whole)
     parts = [found for part in PARTS if (found := part(context)) is not None]
     metrics |= {part.key: part.numbers for part in parts}
@@ -90,7 +91,7 @@ def evaluate(
     write_json(output / "metrics.json", compact(metrics, parts))
     write_json(output / "details.json", metrics)
     said = [*splits.warnings, *warnings, *(line for part in parts for line in part.warnings)]
-    results = Results(items, tables, metrics, roc, said, features, [part.section for part in parts if part.section], stages)
+    results = Results(items, tables, metrics, said, features, [part.section for part in parts if part.section], stages)
     write_pages(config, splits, store, results, output)
     return metrics
 
@@ -238,8 +239,8 @@ def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) 
 
 def write_tables(
     output: Path, metrics: Mapping[str, Any], classes: Sequence[str], tables: Mapping[str, pd.DataFrame]
-) -> pd.DataFrame:
-    """predictions*.csv for readers, and confusion*.csv, roc.csv, folds.csv for `dvc plots`. Returns the ROC table."""
+) -> None:
+    """predictions*.csv for readers, and confusion*.csv and folds.csv for `dvc plots`."""
     inits = initialisations(metrics)
     columns = probability_columns(classes)
     for level, name in (
@@ -252,26 +253,17 @@ def write_tables(
         table["stamp"] = table["init"].map({init: metrics[init]["stamp"] for init in inits})
         _write_csv(output / name, table)
     videos = tables["video"]
-    curves = []
     for init in inits:
         own = videos[videos["init"] == init]
         predicted = [classes[index] for index in own[columns].to_numpy().argmax(axis=1)]
         name = "confusion.csv" if init == inits[0] else f"confusion_{init}.csv"
         _write_csv(output / name, pd.DataFrame({"actual": own["label"], "predicted": predicted}))
-        for label, column in zip(classes, columns, strict=True):
-            positive = (own["label"] == label).to_numpy()
-            if 0 < positive.sum() < len(positive):
-                false, true, _ = roc_curve(positive, own[column])
-                curves.append(pd.DataFrame({"init": init, "class": label, "fpr": false, "tpr": true}))
-    roc = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=["init", "class", "fpr", "tpr"])
-    _write_csv(output / "roc.csv", roc)
     folds = [
         {"init": init, "fold": int(fold), **{key: values[key] for key in values if key.startswith(METRICS)}}
         for init in inits
         for fold, values in metrics[init]["folds"].items()
     ]
     _write_csv(output / "folds.csv", pd.DataFrame(folds))
-    return roc
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:

@@ -54,8 +54,6 @@ class Results:
     tables: Mapping[str, pd.DataFrame]
     """Predictions by level: frame, video, patient."""
     metrics: Mapping[str, Any]
-    roc: pd.DataFrame
-    """Columns init, class, fpr, tpr."""
     warnings: Sequence[str]
     features: FeatureResults
     sections: Sequence[Section] = ()
@@ -86,7 +84,6 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         pictures={
             "comparison": [drawing.comparison()],
             "confusion": drawing.confusion(),
-            "roc": drawing.roc(results.roc),
             "folds": [drawing.folds()],
             "pretraining": drawing.pretraining(items),
             "finetuning": drawing.finetuning(items),
@@ -188,27 +185,6 @@ class _Drawing:
                     path,
                     f"Confusion matrix of the {init} network. {spoken}.",
                     f"{init.capitalize()}: number of videos{mean}, and percent of the true class.",
-                )
-            )
-        return pictures
-
-    def roc(self, curves: pd.DataFrame) -> list[Picture]:
-        """ROC of every class against the rest at video level."""
-        if curves.empty:
-            return []
-        pictures = []
-        for init in self.inits:
-            per_class = self.metrics[init]["video"]["per_class"]
-            areas = {name: per_class[name]["auroc"] for name in self.splits.classes}
-            path = self.folder / f"roc_{init}.png"
-            plots.draw_roc(path, curves[curves["init"] == init], areas, f"ROC, {init}", self.metrics[init]["stamp"])
-            spoken = ", ".join(f"{name} {number(area)}" for name, area in areas.items())
-            pictures.append(
-                Picture(
-                    path,
-                    f"ROC curves of the {init} network. Area under the curve: {spoken}.",
-                    f"{init.capitalize()}, out-of-fold videos. Folds are scored by different networks; pooling "
-                    "them tends to lower the curve.",
                 )
             )
         return pictures

@@ -1,4 +1,4 @@
-"""Pictures of the evaluation as PNG files: confusion, ROC, folds, comparison, learning curves, gallery.
+"""Pictures of the evaluation as PNG files: confusion, ROC and precision-recall, folds, comparison, learning curves, gallery.
 
 Every function takes plain tables and draws on a white card, so that the pictures are legible on light and dark pages
 and on paper. Colours are safe for colour-blind readers and never the only mark: line style or marker differs too.
@@ -33,12 +33,12 @@ __all__ = [
     "MUTED",
     "RULE",
     "card",
+    "draw_class_curves",
     "draw_comparison",
     "draw_confusion",
     "draw_curve",
     "draw_folds",
     "draw_gallery",
-    "draw_roc",
     "plain_text",
     "readable",
 ]
@@ -160,35 +160,35 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
                 )
 
 
-def draw_roc(path: Path, curves: pd.DataFrame, areas: Mapping[str, float | None], title: str, stamp: str = "") -> None:
-    """ROC of every class against the rest, for one initialisation.
+def draw_class_curves(
+    path: Path, grid: np.ndarray, curves: Mapping[str, Any], areas: Mapping[str, tuple[str, str]], name: str, stamp: str = ""
+) -> None:
+    """One class against the rest: ROC above, precision and recall below, a line and a band an initialisation.
 
     Args:
-        curves: columns class, fpr, tpr.
-        areas: AUROC by class, in class order; a class without curve is left out.
+        grid: places of the bands. curves: `pipeline.evaluation.curves.Curve` by initialisation. areas: (AUROC, average precision) as
+            shown, by initialisation.
     """
-    many = len(areas) > 4
-    with card(path, stamp, figsize=(4.6, 4.6 + (0.3 + 0.12 * len(areas) if many else 0))) as figure:
-        axes = figure.add_subplot()
-        axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
-        for number, (name, area) in enumerate(areas.items()):
-            part = curves[curves["class"] == name]
-            if len(part) and area is not None:
-                axes.plot(
-                    part["fpr"],
-                    part["tpr"],
-                    color=CLASS_COLORS[number % len(CLASS_COLORS)],
-                    linestyle=LINES[number % len(LINES)],
-                    label=f"{plain_text(name)}  {area:.2f}",
-                )
-        axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-        axes.set(xlabel="1 − specificity", ylabel="Sensitivity")
-        axes.set_title(title)
-        words = {"title": "class against the rest, AUROC", "title_fontsize": 8}
-        if many:
-            figure.legend(loc="outside lower center", ncols=2, **words)
-        else:
-            axes.legend(loc="lower right", **words)
+    with card(path, stamp, figsize=(3.5, 7.4 + 0.3 * len(curves))) as figure:
+        figure.suptitle(plain_text(name, 34), x=0.01, ha="left", fontweight="bold", fontsize=11)
+        upper, lower = figure.subplots(2, 1)
+        upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
+        lower.axhline(next(iter(curves.values())).prevalence, color=MUTED, linestyle=":", linewidth=1)
+        for init, curve in curves.items():
+            style = {"color": INIT_COLORS.get(init, INK), "linestyle": "--" if init == "random" else "-"}
+            for axes, (x, y), band, area in (
+                (upper, (0, 1), curve.roc_band, areas[init][0]), (lower, (2, 3), curve.pr_band, areas[init][1]),
+            ):
+                if band is not None:
+                    axes.fill_between(grid, *band, color=style["color"], alpha=0.16, linewidth=0)
+                steps = {} if axes is upper else {"drawstyle": "steps-pre"}
+                axes.plot(curve.points[:, x], curve.points[:, y], **style, **steps, label=f"{init}: {area}")
+        upper.set(xlabel="1 − specificity", ylabel="Sensitivity")
+        lower.set(xlabel="Recall (sensitivity)", ylabel="Precision")
+        for axes, word in ((upper, "AUROC"), (lower, "average precision")):
+            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
+            # Below the axes: inside, it would cover a curve.
+            axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.17), title=word, title_fontsize=9, alignment="left", borderaxespad=0)
 
 
 def _interval(

@@ -1,0 +1,111 @@
+"""ROC and precision-recall curves of the report: roc.csv, pr.csv, one picture a class, and a table of the areas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.evaluation import plots
+from pipeline.evaluation.curves import GRID, Curve, class_curve
+from pipeline.evaluation.metrics import Scores
+from pipeline.evaluation.parts import Context, Part
+from pipeline.evaluation.report import Picture, Section, Table, number, percent
+from pipeline.files import atomic_write
+from pipeline.tracking_context import slug
+
+__all__ = ["curves_part"]
+
+ROC_COLUMNS = ["init", "class", "fpr", "tpr", "tpr_low", "tpr_high"]
+PR_COLUMNS = ["init", "class", "recall", "precision", "precision_low", "precision_high"]
+
+
+def curves_part(context: Context) -> Part:
+    """Every class against the rest, per video: all folds and seeds pooled, bands and intervals over patients."""
+    settings, classes = context.config.evaluate, context.splits.classes
+    videos = context.tables["video"]
+    found: dict[str, dict[str, Curve]] = {}
+    for init in context.inits:
+        scores = Scores.from_table(videos[videos["init"] == init], classes)
+        options = {"replicates": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
+        curves = {name: class_curve(scores, position, **options) for position, name in enumerate(classes)}
+        found[init] = {name: curve for name, curve in curves.items() if curve is not None}
+    _write(context, found)
+    numbers = {init: {name: _numbers(context.metrics[init]["video"]["per_class"][name], found[init].get(name)) for name in classes} for init in found}
+    return Part("curves", numbers, _section(context, found, numbers))
+
+
+def _write(context: Context, found: Mapping[str, Mapping[str, Curve]]) -> None:
+    """roc.csv and pr.csv: every step of every curve, with the band at its place."""
+    tables: dict[str, list[pd.DataFrame]] = {"roc.csv": [], "pr.csv": []}
+    for init, curves in found.items():
+        for name, curve in curves.items():
+            for file, (x, y), band, columns in (
+                ("roc.csv", (0, 1), curve.roc_band, ROC_COLUMNS), ("pr.csv", (2, 3), curve.pr_band, PR_COLUMNS),
+            ):
+                places = curve.points[:, x]
+                ends = [np.interp(places, GRID, end) for end in band] if band is not None else [np.full(len(places), np.nan)] * 2
+                values = [init, name, places, curve.points[:, y], *ends]
+                tables[file].append(pd.DataFrame(dict(zip(columns, values, strict=True))))
+    for file, columns in (("roc.csv", ROC_COLUMNS), ("pr.csv", PR_COLUMNS)):
+        table = pd.concat(tables[file], ignore_index=True) if tables[file] else pd.DataFrame(columns=columns)
+        atomic_write(context.output / file, table.to_csv(index=False, lineterminator="\n"))
+
+
+def _numbers(measured: Mapping[str, Any], curve: Curve | None) -> dict[str, Any]:
+    """Areas as in the metrics (means over seeds), with the intervals of the pooled curve."""
+    ends = {"auroc": curve.auroc_interval, "average_precision": curve.ap_interval} if curve else {}
+    values = {"auroc": measured["auroc"], "average_precision": measured["auprc"]}
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        low, high = ends.get(key) or (None, None)
+        if low is not None and high - low < 1e-9:
+            # All patients alike: resampling them finds no spread, which is no proof of certainty.
+            low, high = None, None
+        result |= {key: value, f"{key}_low": low, f"{key}_high": high}
+    reason = "the class has no videos, or there are no others" if curve is None else curve.reason
+    return result | {"prevalence": curve.prevalence if curve else None, "videos": measured["support"], "reason": reason}
+
+
+def _words(values: Mapping[str, Any], key: str) -> str:
+    low, high = values[f"{key}_low"], values[f"{key}_high"]
+    return number(values[key]) + (f" ({number(low)} to {number(high)})" if low is not None else "")
+
+
+def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers: Mapping[str, Any]) -> Section:
+    confidence, unit, inits = context.config.evaluate.confidence, context.unit, list(found)
+    videos = context.tables["video"]
+    patients = videos.drop_duplicates(["patient", "label"])["label"].value_counts()
+    pictures = []
+    for place, name in enumerate(context.splits.classes):
+        curves = {init: found[init][name] for init in inits if name in found[init]}
+        if not curves:
+            continue
+        areas = {init: tuple(_words(numbers[init][name], key) for key in ("auroc", "average_precision")) for init in curves}
+        path = context.output / "pictures" / f"curves_{place + 1}_{slug(name)[:40]}.png"
+        plots.draw_class_curves(path, GRID, curves, areas, name, context.metrics["stamp"])
+        spoken = "; ".join(f"{init}: AUROC {both[0]}, average precision {both[1]}" for init, both in areas.items())
+        pictures.append(Picture(path, f"ROC curve and precision-recall curve of {name} against the rest. {spoken}.", ""))
+    rows = [
+        [name, f"{numbers[inits[0]][name]['videos']:g}", int(patients.get(name, 0)), number(numbers[inits[0]][name]["prevalence"]),
+         *(_words(numbers[init][name], key) for key in ("auroc", "average_precision") for init in inits)]
+        for name in context.splits.classes
+    ]
+    heads = [f"{word}, {init}" for word in ("AUROC", "Average precision") for init in inits]
+    columns = ["Class against the rest", "Videos", f"{unit.capitalize()}s", "Prevalence", *heads]
+    reasons = sorted({one["reason"] for init in inits for one in numbers[init].values() if one["reason"]})
+    note = (
+        f"Brackets: {percent(confidence)} intervals over {unit}s. Several seeds: the value is their mean, curve and interval pool them."
+        + (f" No interval: {'; '.join(reasons)}." if reasons else "")
+    )
+    words = [
+        "Both curves ask how well the probabilities rank the videos, whatever threshold is chosen later. Upper picture (ROC): of the videos of the class, "
+        "how many are found (sensitivity), against how many others are called by mistake; the diagonal is guessing. Lower picture: of the videos "
+        "called, how many are right (precision), against how many are found (recall); the dotted line is the share of the class, which guessing reaches.",
+        f"Shaded: {percent(confidence)} bands over {unit}s, at each place by itself. All folds are pooled; they are scored by different networks, which "
+        f"tends to lower the curve. With a rare class look at the lower picture: a high AUROC can go with many false alarms.",
+    ]
+    table = Table("Areas under the curves, per video", columns, rows, columns[1:], note)
+    return Section("curves", "How well are the classes ranked?", words, pictures, [table], after="classes", layout="panels")

@@ -1,0 +1,99 @@
+"""ROC and precision-recall curves: exact on hand-made scores, bands and intervals as resampling rows by hand gives them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_experiment import FakeExperiment
+from sklearn.metrics import auc, average_precision_score, roc_auc_score
+
+from pipeline.evaluation.curves import GRID, class_curve
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.metrics import Scores, auroc, average_precision
+from pipeline.evaluation.statistics import bootstrap_intervals
+
+
+def scores(positive, score, patients=None):
+    score = np.asarray(score, float)
+    names = patients or [f"P{row}" for row in range(len(score))]
+    return Scores(np.asarray(positive, np.int64), np.column_stack([1 - score, score]), np.array(names), ("rest", "own"))
+
+
+def noisy(count: int = 60) -> Scores:
+    """Many ties, four units a patient."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 2, count)
+    score = (0.5 + 0.2 * (labels - 0.5) + rng.normal(0, 0.2, count)).clip(0, 1).round(1)
+    return scores(labels, score, [f"P{row // 4}" for row in range(count)])
+
+
+def test_curve__hand_made():
+    curve = class_curve(scores([1, 0, 1, 0], [0.9, 0.8, 0.7, 0.1]), 1, replicates=100)
+    assert curve.roc[[0, 49, 50, 100]] == pytest.approx([0.5, 0.5, 1, 1])
+    # The second hit comes third: two of three called are right.
+    assert curve.pr[[0, 50, 51, 100]] == pytest.approx([1, 1, 2 / 3, 2 / 3])
+    assert (curve.auroc, curve.average_precision) == pytest.approx((0.75, (1 + 2 / 3) / 2))
+    assert (curve.prevalence, curve.positives) == (0.5, 2)
+    assert curve.points[-1] == pytest.approx([1, 1, 1, 0.5])
+
+
+def test_curve__ties_are_one_step():
+    curve = class_curve(scores([1, 0, 1, 0], [0.5] * 4), 1, replicates=100)
+    assert curve.roc == pytest.approx(GRID) and curve.pr == pytest.approx(np.full(101, 0.5))
+    assert (curve.auroc, curve.average_precision) == (0.5, 0.5)
+
+
+def test_curve__areas_are_those_of_the_metrics():
+    data = noisy()
+    curve, positive, score = class_curve(data, 1, replicates=100), data.labels == 1, data.probabilities[:, 1]
+    assert curve.auroc == pytest.approx(auroc(positive, score)) == pytest.approx(roc_auc_score(positive, score))
+    assert curve.average_precision == pytest.approx(average_precision(positive, score)) == pytest.approx(average_precision_score(positive, score))
+    assert auc(curve.points[:, 0], curve.points[:, 1]) == pytest.approx(curve.auroc)
+
+
+def test_curve__interval_is_that_of_the_bootstrap():
+    data = noisy()
+    curve, other = class_curve(data, 1, replicates=300, seed=3), bootstrap_intervals(data, ["auroc.own"], replicates=300, seed=3)["auroc.own"]
+    assert curve.auroc_interval == pytest.approx((other.low, other.high)) and curve.replicates == other.replicates
+
+
+def test_curve__bands_are_percentiles_over_resampled_patients():
+    data, replicates = noisy(), 200
+    curve = class_curve(data, 1, replicates=replicates, confidence=0.9, seed=1)
+    names = sorted(set(data.patients.tolist()))
+    draws = np.random.default_rng(1).multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
+    drawn = []
+    for counts in draws:
+        rows = np.concatenate([np.flatnonzero(data.patients == name) for name, count in zip(names, counts, strict=True) for _ in range(count)])
+        part = Scores(data.labels[rows], data.probabilities[rows], data.patients[rows], data.classes)
+        drawn.append(class_curve(part, 1, replicates=2))
+    assert curve.roc_band == pytest.approx(np.quantile([one.roc for one in drawn], [0.05, 0.95], axis=0))
+    assert curve.pr_band == pytest.approx(np.quantile([one.pr for one in drawn], [0.05, 0.95], axis=0))
+    assert curve.ap_interval == pytest.approx(np.quantile([one.average_precision for one in drawn], [0.05, 0.95]))
+
+
+def test_curve__what_cannot_be_had_is_said():
+    assert class_curve(scores([0, 0], [0.1, 0.2]), 1) is None
+    one = class_curve(scores([0, 1], [0.1, 0.2], ["P", "P"]), 1)
+    assert one.roc_band is None and "nothing to resample" in one.reason
+    # One patient of 40 shows the class: a third of the draws lack it; with two classes of one patient each, most do.
+    rare = class_curve(scores([1, 0], [0.9, 0.2]), 1, replicates=400)
+    assert rare.replicates < 400 and (rare.auroc_interval is None) == bool(rare.reason)
+
+
+def test_part__tables_numbers_and_pictures(tmp_path):
+    fake = FakeExperiment(tmp_path, classes=["a", "b/ b", "$c{"], patients=18, seeds=[0, 1])
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "out")
+    roc, pr = pd.read_csv(tmp_path / "out/roc.csv"), pd.read_csv(tmp_path / "out/pr.csv")
+    assert set(roc["class"]) == set(pr["class"]) == {"a", "b/ b", "$c{"} and set(roc["init"]) == {"pretrained", "random"}
+    for table, name in ((roc, "tpr"), (pr, "precision")):
+        # At its own edges a pointwise band may leave the curve out; elsewhere it must not.
+        inside = (table[f"{name}_low"] - 1e-9 <= table[name]) & (table[name] <= table[f"{name}_high"] + 1e-9)
+        assert inside.mean() > 0.8
+    values = metrics["curves"]["pretrained"]["a"]
+    assert values["auroc"] == metrics["pretrained"]["video"]["per_class"]["a"]["auroc"]
+    assert values["average_precision_low"] < values["average_precision"] < values["average_precision_high"]
+    assert values["prevalence"] == pytest.approx(1 / 3) and values["reason"] == ""
+    assert {path.name for path in (tmp_path / "out/pictures").glob("curves_*")} == {"curves_1_a.png", "curves_2_b-b.png", "curves_3_c.png"}
+    assert "How well are the classes ranked?" in (tmp_path / "out/report.html").read_text()
