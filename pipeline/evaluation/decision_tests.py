@@ -10,7 +10,7 @@ from scipy import stats
 
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import Scores
-from pipeline.evaluation.statistics import TOO_FEW_PATIENTS, same_patients
+from pipeline.evaluation.weighted import TOO_FEW_PATIENTS, same_patients
 
 __all__ = ["Discordance", "mcnemar"]
 

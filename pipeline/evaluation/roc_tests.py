@@ -6,8 +6,6 @@ gives one unit, the numbers are exactly those of DeLong, DeLong & Clarke-Pearson
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import rankdata
@@ -15,26 +13,18 @@ from scipy.stats import t as student
 
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import Scores
-from pipeline.evaluation.statistics import TOO_FEW_PATIENTS, Comparison, Interval, same_patients
+from pipeline.evaluation.statistics import Comparison, Interval
+from pipeline.evaluation.weighted import TOO_FEW_PATIENTS, clustered_variance, same_patients
 
 __all__ = ["delong", "delong_test"]
 
-ROUNDING = 1e-12
-"""Variances below this are sums of rounding errors: an AUROC of 4 pairs with any spread has more."""
 
+def _components(scores: Scores, position: int, order: list[str]) -> tuple[float, np.ndarray]:
+    """The AUROC, and what each of G patients adds to its deviation by positive and negative units, float64 [G, 2].
 
-@dataclass(frozen=True)
-class _Components:
-    """What each of G patients adds to the deviation of one AUROC: float64 [G] from positive and from negative units."""
-
-    area: float
-    positive: np.ndarray
-    negative: np.ndarray
-
-
-def _components(scores: Scores, position: int, order: list[str]) -> _Components:
-    """Placement values by ranks (Sun & Xu 2014, O(N log N)), summed over each patient (Obuchowski 1997, eq. 4-5)."""
-    group = np.searchsorted(order, scores.patients.astype(str))
+    Placement values by ranks (Sun & Xu 2014, O(N log N)), summed over each patient (Obuchowski 1997).
+    """
+    group = np.searchsorted(order, scores.patients)
     score, hit = scores.probabilities[:, position], scores.labels == position
     hits, rest = int(hit.sum()), int((~hit).sum())
     rank = rankdata(score)
@@ -42,26 +32,8 @@ def _components(scores: Scores, position: int, order: list[str]) -> _Components:
     above = (rank[hit] - rankdata(score[hit])) / rest
     below = 1 - (rank[~hit] - rankdata(score[~hit])) / hits
     area = float(above.mean())
-    return _Components(
-        area,
-        np.bincount(group[hit], above - area, len(order)) / hits,
-        np.bincount(group[~hit], below - area, len(order)) / rest,
-    )
-
-
-def _variance(positive: np.ndarray, negative: np.ndarray, carriers: tuple[int, int]) -> tuple[float, float]:
-    """Variance of an AUROC (or of a difference) and its degrees of freedom.
-
-    The variance is a sum of two sample variances, as in Welch's test, so its degrees of freedom are Satterthwaite's
-    (Brunner & Munzel 2000 do this for independent units), but never more than patients - 1.
-    """
-    counts = np.asarray(carriers, np.float64)
-    patients = len(positive)
-    parts = np.array([positive @ positive, negative @ negative]) * counts / (counts - 1)
-    total = float(parts.sum() + 2 * patients / (patients - 1) * (positive @ negative))
-    if total <= ROUNDING:
-        return 0.0, 0.0
-    return total, float(min(parts.sum() ** 2 / (parts**2 / (counts - 1)).sum(), patients - 1))
+    sums = [np.bincount(group[part], values - area, len(order)) / len(values) for part, values in ((hit, above), (~hit, below))]
+    return area, np.stack(sums, axis=1)
 
 
 def _problem(scores: Scores, position: int) -> tuple[str, tuple[int, int]]:
@@ -99,10 +71,9 @@ def delong(scores: Scores, position: int, *, confidence: float = 0.95) -> Interv
     problem, carriers = _problem(scores, position)
     if 0 in carriers:
         return Interval(None, None, None, confidence, 0, 0, problem)
-    part = _components(scores, position, sorted(set(scores.patients.astype(str).tolist())))
-    area = part.area
+    area, parts = _components(scores, position, sorted(set(scores.patients.tolist())))
     if not problem:
-        variance, degrees = _variance(part.positive, part.negative, carriers)
+        variance, degrees = clustered_variance(parts, carriers)
         if area in (0.0, 1.0):
             problem = "the classes are separated without error, so the variance cannot be estimated"
         elif not variance:
@@ -134,11 +105,11 @@ def delong_test(first: Scores, second: Scores, position: int, *, confidence: flo
     if 0 in carriers:
         return Comparison(None, None, None, None, len(order), 0, 0, problem)
     left, right = (_components(scores, position, order) for scores in (first, second))
-    difference = left.area - right.area
+    difference = left[0] - right[0]
     if not problem:
-        variance, degrees = _variance(left.positive - right.positive, left.negative - right.negative, carriers)
+        variance, degrees = clustered_variance(left[1] - right[1], carriers)
         if not variance:
-            problem = "both sets rank every unit alike" if abs(difference) < ROUNDING else "the patients do not differ, so the variance cannot be estimated"
+            problem = "both sets rank the units alike, patient by patient, so the variance cannot be estimated"
     if problem:
         return Comparison(difference, None, None, None, len(order), 0, 0, problem)
     error = float(np.sqrt(variance))
