@@ -67,6 +67,7 @@ ORDER = """
     models.classifier
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
     evaluation.curves
+    evaluation.weighted
     evaluation.statistics evaluation.fold_tests evaluation.phases evaluation.predictions evaluation.feature_plots evaluation.forest
     evaluation.roc_tests evaluation.decision_tests
     evaluation.report
