@@ -381,14 +381,30 @@ class FinetuneParams(Section):
     class_weights: Literal["balanced", "none"] = "balanced"
     label_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training and inner validation patients whose labels are used, by class."""
-    selection: Literal["inner", "last", "best_on_test"] = "inner"
-    """`inner`: best epoch on inner validation patients; `best_on_test` reproduces published numbers and is stamped optimistic."""
+    pooling: Literal["mean", "attention"] = "mean"
+    """`mean`: frames are trained one by one and averaged; `attention`: whole videos, each frame with a learnt weight (Ilse et al., 2018)."""
+    selection: Literal["inner", "nested", "last", "best_on_test"] = "inner"
+    """`inner`: best epoch on the first inner fold's validation patients; `nested`: best epoch and values of `grid` over all inner folds,
+    then trained again on all training patients; `best_on_test` reproduces published numbers and is stamped optimistic."""
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """For `nested`: dotted keys of this section and the values to choose from, e.g. {optimizer.lr: [0.01, 0.001]}."""
     selection_metric: Literal["balanced_accuracy", "accuracy", "macro_f1", "loss", "malignancy_harmonic_mean"] = "balanced_accuracy"
     """The last one is the published gallbladder rule; it needs the three classes normal, benign, malignant in that order."""
     batchnorm: Literal["frozen", "train", "official_eval_after_first_epoch"] = "frozen"
     """Batch norm of frozen layers: running statistics as pretrained, or updated as the published lung recipe does."""
     optimizer: OptimizerParams = Field(default_factory=lambda: OptimizerParams(name="adam", lr=0.001))
     augmentation: AugmentationParams = Field(default_factory=lambda: AugmentationParams(scale=(0.8, 1.0), blur=0.0))
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        """`optimizer: {lr: [...]}` means `optimizer.lr: [...]`."""
+        if not isinstance(value, dict):
+            return value
+        flat: dict[str, Any] = {}
+        for key, one in value.items():
+            flat |= {f"{key}.{name}": inner for name, inner in cls._flat(one).items()} if isinstance(one, dict) else {str(key): one}
+        return flat
 
     @field_validator("initialisations", "seeds")
     @classmethod
@@ -407,8 +423,11 @@ class FinetuneParams(Section):
 class EvaluateParams(Section):
     """Out-of-fold metrics and the report."""
 
-    aggregation: Literal["mean", "max", "vote"] = "mean"
-    """How frame probabilities become one probability a video, and videos one a patient."""
+    aggregation: Literal["mean", "max", "vote", "top_k", "attention"] = "mean"
+    """How frame probabilities become one probability a video, and videos one a patient; `attention` needs finetune.pooling: attention
+    (and takes the mean of a patient's videos)."""
+    top_k: float = Field(0.2, gt=0)
+    """For `top_k`: the mean of each class's most certain frames, this share of them (below 1) or this many (from 1)."""
     phase_convention: Literal["union", "gt", "all"] = "union"
     """Phases in the macro F1 of a video with labels of frames: those in labels or predictions, in the labels, or all."""
     bootstrap: int = Field(2000, ge=100)
@@ -442,3 +461,10 @@ class LaunchParams(Section):
     threads: int | Literal["auto"] = "auto"
     """CPU threads a process; `auto` divides the cores among the processes."""
     timeout_minutes: float = Field(30.0, gt=0)
+    @field_validator("top_k")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"got {value:g}; below 1 it is a share of the frames, from 1 a whole number of frames")
+        return value
+

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.grid import candidates
 from pipeline.methods.base import Setting
 from pipeline.models.catalog import LEVEL_HEADS, describe, levels_problem, missing_problems, size_problem, trainable_problem
 from pipeline.registry import BACKBONES, HEADS, METHODS, did_you_mean
@@ -41,14 +42,35 @@ def _backbone_problems(config: Config) -> list[str]:
     """An image that the patches do not divide (methods say so of their smaller views), and parts that the network does not have."""
     info = describe(config.pretrain.backbone)
     lines = [size_problem(info, config.pretrain.image_size), *missing_problems(info, config.pretrain.init_allow_missing)]
-    if config.finetune.head in LEVEL_HEADS:
-        lines.append(levels_problem(info, f"finetune.head: {config.finetune.head}"))
-    return [line for line in (*lines, trainable_problem(info, config.finetune.trainable)) if line]
+    for recipe in (recipe for _, recipe in candidates(config.finetune)):
+        if recipe.head in LEVEL_HEADS:
+            lines.append(levels_problem(info, f"finetune.head: {recipe.head}"))
+        lines.append(trainable_problem(info, recipe.trainable))
+    return [line for line in lines if line]
 
 
-def _head_problems(config: Config) -> list[str]:
+def _selection_problems(config: Config) -> list[str]:
+    """Nested selection with an encoder that knows labels of its validation patients; attention over what a head does not give."""
+    pretrain, finetune, lines = config.pretrain, config.finetune, []
+    heads = {recipe.head for _, recipe in candidates(finetune)} & set(LEVEL_HEADS)
+    if finetune.pooling == "attention" and heads:
+        lines.append(
+            f"finetune.pooling: attention weighs frames by their pooled features; head {min(heads)} takes several levels. Use pooling: mean, "
+            f"or head: linear or mlp"
+        )
+    told = METHODS.get(pretrain.method).label_share(config.method_params) > 0 and pretrain.scope == "fold" and "main" in pretrain.sources
+    if finetune.selection == "nested" and told and "pretrained" in finetune.initialisations and config.data.labels != "none":
+        lines.append(
+            f"finetune.selection: nested validates on every training patient in turn, but pretrain.method {pretrain.method} reads the labels "
+            f"of training patients, so that the choice would be made on patients the encoder was told about. Use selection: inner (such a "
+            f"method is never told its validation patients), a setting of the method without labels, or another method"
+        )
+    return lines
+
+
+def _head_problems(config: Config, head: str) -> list[str]:
     """A head that continues from a pretrained pyramid, where pretraining leaves none. Imports torch for a file of weights."""
-    pretrain, head = config.pretrain, config.finetune.head
+    pretrain = config.pretrain
     kind = METHODS.get(pretrain.method)
     if head not in LEVEL_HEADS or "pretrained" not in config.finetune.initialisations or kind.leaves_pyramid(config.method_params):
         return []
@@ -93,8 +115,9 @@ def check_named_files(config: Config) -> None:
     review = config.extract.mask.review
     if review is not None and not Path(review).is_file():
         lines.append(f"extract.mask.review: {review} does not exist. Give a CSV file of decisions (docs/masking.md), or null.")
+    heads = list(dict.fromkeys(recipe.head for _, recipe in candidates(config.finetune)))
     for registry, known, name in (
-        (BACKBONES, BACKBONES.names(), config.pretrain.backbone), (HEADS, HEADS.declared(), config.finetune.head),
+        (BACKBONES, BACKBONES.names(), config.pretrain.backbone), *((HEADS, HEADS.declared(), head) for head in heads),
     ):
         if name not in known:
             lines.append(f"{registry.key}: unknown {registry.kind} '{name}'. Allowed: {', '.join(known)}.{did_you_mean(name, known)}")
@@ -106,7 +129,8 @@ def check_named_files(config: Config) -> None:
         lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
     elif init != "random" and known_backbone:
         lines += _weights_problems(config)
-    lines += _head_problems(config)
+    lines += [line for head in heads for line in _head_problems(config, head)]
+    lines += _selection_problems(config)
     if known_backbone:
         lines += method_problems(config)
     lines = list(dict.fromkeys(lines))  # a method that needs an even image says it too

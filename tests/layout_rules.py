@@ -82,7 +82,7 @@ ORDER = """
     preflight
     training.optim training.inputs
     training.monitor training.finetune
-    training.pretrain
+    training.pretrain training.selection
     training.pretrain_stage training.finetune_stage
     export.card
     export.formats

@@ -147,7 +147,7 @@ def test_finetuning__an_uncached_epoch_is_never_held_whole(store: FrameStore, tm
     items = run._training_frames(3)
     order = np.random.default_rng([0, 3]).permutation(20)
     assert torch.equal(torch.cat([images for images, *_ in batches]), torch.from_numpy(render_views(items, 3))[order])
-    assert torch.equal(torch.cat([labels for _, labels, _ in batches]), run._labels(items)[order])
+    assert np.array_equal(np.concatenate([videos for _, videos, _ in batches]), np.array([video for video, _ in items])[order])
     assert [count for *_, count in batches] == [4] * 4
 
 
@@ -212,7 +212,7 @@ def test_selection__best_epoch_of_the_inner_patients(store: FrameStore, tmp_path
     run.train(ListTracker(), "test")
     losses = [row["validation_loss"] for row in run.rows]
     assert run.selected_epoch == int(np.argmin(losses))
-    assert run._score("validation")["loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert run.judge(run.predict("validation"))["loss"] == pytest.approx(min(losses), rel=1e-5)
     assert not any(key.startswith("test_") for key in run.rows[0]), "the test patients are not even looked at"
 
 

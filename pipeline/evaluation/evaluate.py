@@ -69,8 +69,8 @@ def evaluate(
     how = config.evaluate.aggregation
     tables = {
         "frame": rows,
-        "video": aggregate(rows, splits.classes, "video", how),
-        "patient": aggregate(rows, splits.classes, "patient", how),
+        "video": aggregate(rows, splits.classes, "video", how, config.evaluate.top_k),
+        "patient": aggregate(rows, splits.classes, "patient", how, config.evaluate.top_k),
     }
     metrics = summarise(config, splits, items, tables)
     whole = _recordings(store)

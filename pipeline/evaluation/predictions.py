@@ -21,8 +21,9 @@ from pipeline.errors import DataError, LeakageError
 __all__ = ["Item", "ItemCard", "check_items", "item_name", "read_items", "test_rows"]
 
 KEYS = ["init", "seed", "fold", "part", "video", "patient", "frame", "label"]
-RECIPE = ("backbone", "image_size", "trainable", "head", "label_fraction", "selection")
-"""Card keys that must agree in all items, or a difference between initialisations would be one of recipes."""
+RECIPE = ("backbone", "image_size", "trainable", "head", "label_fraction", "selection", "pooling", "grid")
+"""Card keys that must agree in all items, or a difference between initialisations would be one of recipes; but for keys of the grid,
+which nested selection chooses for each item."""
 SUM_TOLERANCE = 1e-4
 """Probabilities are written as float32: a softmax over some hundred classes sums to 1 within far less than this."""
 
@@ -133,10 +134,11 @@ def _read_table(path: Path, card: ItemCard) -> pd.DataFrame:
         raise DataError(f"{label}: columns {', '.join(raw.columns)}; wanted {wanted} (classes as in card.json).")
     if raw.empty:
         raise DataError(f"{label}: holds no predictions.")
-    table = raw[KEYS].copy()
+    weighed = ["weight"] if "weight" in raw.columns else []
+    table = raw[KEYS + weighed].copy()
     for key in ("seed", "fold", "frame"):
         table[key] = _integers(raw[key], label, key)
-    for column in columns:
+    for column in [*weighed, *columns]:
         table[column] = pd.to_numeric(raw[column], errors="coerce").astype(float)
     _check_rows(table, columns, card, label)
     return table
@@ -170,6 +172,10 @@ def _check_rows(table: pd.DataFrame, columns: list[str], card: ItemCard, label: 
             f"{label}: frame {row['frame']} of video {row['video']} is predicted twice. Run finetune again."
         )
     values = table[columns].to_numpy()
+    if "weight" in table.columns:
+        sums = table.groupby(["part", "video"])["weight"].sum(skipna=False)
+        if not ((sums - 1).abs() <= 1e-3).all() or (table["weight"] < 0).any():
+            raise DataError(f"{label}: column weight: numbers of at least 0 that sum to 1 in every video are wanted. Run finetune again.")
     bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1 + SUM_TOLERANCE).any(axis=1)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
@@ -210,6 +216,8 @@ def _check_recipe(items: Sequence[Item]) -> None:
             if value is not None:
                 found.setdefault(json.dumps(value), item.name)
         if len(found) > 1:
+            if key in (item.card.model_extra or {}).get("grid", {}):
+                continue
             listed = ", ".join(f"{value} ({name})" for value, name in found.items())
             raise DataError(
                 f"items were trained with different {key}: {listed}. Run `dvc repro finetune` for all of them."

@@ -180,6 +180,18 @@ def headline(weights: Weights) -> dict[str, Any]:
     return {"source": source, "confidence": details.get("confidence"), "values": values}
 
 
+def _unscorable(weights: Weights) -> str:
+    """Why these weights cannot judge picture by picture with a library's network; empty when they can."""
+    card = weights.card
+    if weights.kind == "encoder":
+        return ""
+    if card.get("pooling", "mean") == "attention":
+        return "finetune.pooling attention judges the frames of a video together, and a model of single pictures cannot"
+    if card["head"] not in LIBRARY_HEADS:
+        return f"head {card['head']} takes several levels of features; sonoscope export --to onnx"
+    return ""
+
+
 def about(weights: Weights) -> dict[str, Any]:
     """The whole table, JSON-ready. Holds counts of patients, no names, ids or paths.
 
@@ -193,7 +205,7 @@ def about(weights: Weights) -> dict[str, Any]:
     training = {key: card[key] for key in keys if card.get(key) is not None}
     training["start"] = card.get("pretrain_init" if classifier else "init", "random")
     return {
-        "schema": 1, "scorable": not classifier or card["head"] in LIBRARY_HEADS,
+        "schema": 1, "scorable": not _unscorable(weights), "why_not": _unscorable(weights),
         "name": f"{network['backbone']} {weights.kind}, {card.get('method', 'random')}", "kind": weights.kind,
         "network": network, "head": card.get("head") if classifier else None, "classes": list(card["classes"]) if classifier else [],
         "preprocessing": _preprocessing(card), "training": training,

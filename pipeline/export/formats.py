@@ -38,7 +38,7 @@ output where that exceeds 1, since float32 keeps seven digits of it and no more.
 
 
 def load_network(weights: Weights, image_size: int | None = None) -> nn.Module:
-    """Our own network with these weights, in evaluation mode. Images [B, 3, H, W] -> features [B, F] or logits [B, C].
+    """Our own network with these weights, in evaluation mode. Images [B, 3, H, W] -> features [B, F] or outputs of `Classifier`.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape.
@@ -52,6 +52,7 @@ def load_network(weights: Weights, image_size: int | None = None) -> nn.Module:
             network = Classifier(
                 backbone, card["backbone"], features, len(card["classes"]), head=card["head"], trainable="linear", batchnorm="frozen",
                 image_size=card["image_size"], extras=None if card["head"] in LIBRARY_HEADS else head,
+                pooling=card.get("pooling", "mean"),
             )
     except ConfigError as error:
         raise CheckpointError(f"export: the card beside the weights does not fit this version. {error}") from None
@@ -201,6 +202,11 @@ def export(target: Path, form: str, out: Path | None = None, *, image_size: int 
             network gives other numbers than ours.
     """
     weights = find_weights(target)
+    if weights.card.get("pooling") == "attention":
+        raise CheckpointError(
+            "export: this classifier was fine-tuned with finetune.pooling: attention, which judges the frames of a video together; an exported "
+            "network judges single pictures. Fine-tune with pooling: mean, or export the encoder alone (models/encoders/fold<K>)."
+        )
     table = about(weights)
     if form not in FORMS:
         raise PipelineError(f"export: --to {form}: allowed are {', '.join(FORMS)}")
