@@ -6,6 +6,7 @@ The parameters of a method live in its own file (`pipeline/methods/<name>.py`); 
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import reprlib

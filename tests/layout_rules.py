@@ -22,6 +22,7 @@ ORDER = """
     files
     parameters
     registry
+    grid
     config
     distributed
     reproducibility
