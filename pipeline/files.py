@@ -6,6 +6,7 @@ Not for formats: the frame store, manifests and checkpoints each have their own 
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "alone_in", "atomic_write", "copy_into", "csv_text", "hash_bytes", "hash_file", "is_odd", "leads_out", "project_root", "read_json",
+    "alone_in", "atomic_write", "copy_into", "csv_text", "hash_bytes", "hash_file", "is_full", "is_odd", "leads_out", "project_root", "read_json",
     "scratch_folder", "shield", "unshield", "write_curves", "write_json",
 ]
 
@@ -133,6 +134,11 @@ def is_odd(path: Path) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def hash_bytes(*parts: bytes | str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,14 +14,15 @@ pydicom = pytest.importorskip("pydicom", reason='needs pip install "sonoscope[di
 import sample_dicom as sample  # noqa: E402
 import sample_media  # noqa: E402
 from pydicom import uid  # noqa: E402
+from pydicom.sequence import Sequence  # noqa: E402
 
 from pipeline.config import Config  # noqa: E402
 from pipeline.data import dicom  # noqa: E402
-from pipeline.data.extract import extract_source  # noqa: E402
+from pipeline.data.extract import Task, extract_one, extract_source  # noqa: E402
 from pipeline.data.manifest import Manifest, pseudonym  # noqa: E402
 from pipeline.data.video import MediaReader, find_media  # noqa: E402
 from pipeline.errors import DataError  # noqa: E402
-from pipeline.parameters import DataParams, ExtractParams  # noqa: E402
+from pipeline.parameters import DataParams, ExtractParams, MaskParams  # noqa: E402
 
 SYNTAXES = {
     "implicit": uid.ImplicitVRLittleEndian, "explicit": uid.ExplicitVRLittleEndian, "big_endian": uid.ExplicitVRBigEndian,
@@ -133,6 +135,67 @@ def test_stream__video_syntaxes_are_decoded_as_video(tmp_path: Path) -> None:
     assert (reader.facts.fps, reader.facts.fps_source) == (10.0, "container")
     reader, _ = read(sample.write_stream(tmp_path / "dcm/a.dcm", video, FrameTime="20"))
     assert (reader.facts.fps, reader.facts.fps_source) == (50.0, "FrameTime")
+
+
+@pytest.fixture
+def wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, bytes, Path]:
+    """A video wrapped as DICOM, its bytes, and the folder of temporary files."""
+    video = sample_media.write_video(tmp_path / "in.mp4", 6)
+    for name in ("dcm", "tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(dicom.tempfile, "tempdir", str(tmp_path / "tmp"))
+    return sample.write_stream(tmp_path / "dcm/a.dcm", video), video.read_bytes(), tmp_path / "tmp"
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no /dev/fd here")
+def test_stream__unpacked_without_a_name(wrapped: tuple[Path, bytes, Path]) -> None:
+    """Whatever ends the process, nothing of the patient's video lies in the temporary folder."""
+    path, video, folder = wrapped
+    before = len(os.listdir("/dev/fd"))
+    with dicom.stream_of(path, "a.dcm") as stream:
+        assert stream is not None and os.listdir(folder) == []
+        assert stream.read_bytes()[: len(video)] == video
+        assert os.fstat(int(stream.name)).st_mode & 0o077 == 0
+    assert len(os.listdir("/dev/fd")) == before
+    assert len(read(path)[1]) == 6
+
+
+def test_stream__elsewhere_a_private_file_that_is_deleted(wrapped: tuple[Path, bytes, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _, folder = wrapped
+    monkeypatch.setattr(dicom.os.path, "isdir", lambda _: False)
+    with pytest.raises(KeyError), dicom.stream_of(path, "a.dcm") as stream:
+        assert stream is not None and [stream] == list(folder.iterdir()) and stream.stat().st_mode & 0o077 == 0
+        raise KeyError
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_stream__full_disk_is_not_the_fault_of_the_file(wrapped: tuple[Path, bytes, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _, folder = wrapped
+    monkeypatch.setattr(dicom.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))
+    (media,) = find_media(path.parent).media
+    result = extract_one(Task(media, ExtractParams(), None, folder))
+    assert result.reason == "" and result.fatal.startswith(f"{folder}: the disk is full ("), result
+    assert os.listdir(folder) == []
+
+
+def test_stream__regions_and_rate_of_the_header_around_it(tmp_path: Path) -> None:
+    """In pixels of the picture, right and bottom exclusive, clipped; the rate with its tag; both reach the reader and the mask."""
+    video = sample_media.write_video(tmp_path / "in.mp4", 6)
+    (tmp_path / "dcm").mkdir()
+    regions = Sequence([*sample.region(4, 2, 99, 39), *sample.region(0, 40, 63, 47, spatial=3), *sample.region(9, 9, 2, 2)])
+    path = sample.write_stream(tmp_path / "dcm/a.dcm", video, FrameTime="20", SequenceOfUltrasoundRegions=regions)
+    found = [dicom.Region(4, 2, 64, 40, 1, 1), dicom.Region(0, 40, 64, 48, 3, 1)]
+    assert dicom.stream_header(path, "a.dcm") == (50.0, "FrameTime", found)
+    reader, _ = read(path)
+    opened = reader.open()
+    assert (opened.regions, opened.fps, opened.fps_source) == (found, 50.0, "FrameTime")
+    opened.close()
+    reader, _ = read(path, mask=MaskParams(mode="sector"))
+    assert reader.masker is not None and list(reader.masker._boxes) == [(4, 2, 64, 40)], "two-dimensional regions alone"
+    path.write_bytes(b"no header" * 50)
+    with pytest.raises(DataError, match="b.dcm: (not a DICOM file|the DICOM header cannot be read)"):
+        dicom.stream_header(path, "b.dcm")
 
 
 @pytest.mark.parametrize("claimed", [1, 3, 9])

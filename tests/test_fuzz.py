@@ -136,7 +136,8 @@ def test_dicom__damaged_stream_leaves_no_file_behind(tmp_path: Path, monkeypatch
     monkeypatch.setattr(dicom.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     with pytest.raises(DataError, match="a.dcm: the video inside the DICOM file cannot be read"):
-        dicom.stream_of(path, "a.dcm")
+        with dicom.stream_of(path, "a.dcm"):
+            pass
     assert os.listdir(tmp_path / "tmp") == []
 
 

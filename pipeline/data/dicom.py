@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 import re
 import tempfile
 import warnings as python_warnings
@@ -17,12 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from pipeline.data.limits import tick
 from pipeline.errors import DataError
+from pipeline.files import is_full
 
 __all__ = ["DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames", "stream_header", "stream_of"]
 
@@ -104,6 +106,10 @@ def _named(path: str, what: str) -> Iterator[None]:
         raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except MemoryError:
         raise DataError(f"{path}: {what} (it claims more memory than there is)") from None
+    except OSError as error:
+        if is_full(error):
+            raise  # the disk's fault, not the file's
+        raise DataError(f"{path}: {what} ({type(error).__name__})") from None
     except Exception as error:  # damaged headers fail in dozens of ways inside the parser
         raise DataError(f"{path}: {what} ({type(error).__name__})") from None
 
@@ -377,8 +383,45 @@ def stream_header(path: Path, shown: str) -> tuple[float | None, str, list[Regio
         return *frame_rate(dataset), _regions(dataset, int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
 
 
-def stream_of(path: Path, shown: str) -> Path | None:
-    """The video stream inside a DICOM file of a video transfer syntax, as a temporary file to be deleted; None for others."""
+@contextmanager
+def stream_of(path: Path, shown: str) -> Iterator[Path | None]:
+    """The video stream inside a DICOM file of a video transfer syntax, under a name to open it by inside the block; None for others.
+
+    Pictures of a patient must not lie about: the copy has no name of its own where the system has /dev/fd, so that it is gone
+    with this process however that ends. Elsewhere it is a file of this user alone, deleted at the end of the block.
+
+    Raises:
+        OSError: naming the temporary folder, where that is full.
+    """
+    fragments = _fragments(path, shown)
+    if fragments is None:
+        yield None
+        return
+    nameless = os.path.isdir("/dev/fd")
+    out = tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile(prefix="sonoscope-", suffix=".stream", delete=False)
+    try:
+        _copy(fragments, out, shown)
+        if not nameless:
+            out.close()
+        yield Path(f"/dev/fd/{out.fileno()}" if nameless else out.name)
+    finally:
+        out.close()
+        if not nameless:
+            Path(out.name).unlink()
+
+
+def _copy(fragments: Iterator[bytes], out: IO[bytes], shown: str) -> None:
+    try:
+        with _named(shown, "the video inside the DICOM file cannot be read"):
+            for fragment in fragments:
+                out.write(fragment)
+            out.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
+
+
+def _fragments(path: Path, shown: str) -> Iterator[bytes] | None:
+    """The pieces of the video stream in a DICOM file; None where there is none."""
     with _named(shown, "the video inside the DICOM file cannot be read"):
         dataset = _header(path, ["Rows"])
         uid = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
@@ -387,11 +430,4 @@ def stream_of(path: Path, shown: str) -> Path | None:
         whole = _pydicom("pydicom").dcmread(path, specific_tags=["PixelData"])
         fragments = _pydicom("pydicom.encaps").generate_fragments(whole.PixelData)
         next(fragments)  # the basic offset table
-        with tempfile.NamedTemporaryFile(prefix="sonoscope-", suffix=".stream", delete=False) as out:
-            try:
-                for fragment in fragments:
-                    out.write(fragment)
-            except BaseException:
-                Path(out.name).unlink()  # pictures of a patient must not stay behind
-                raise
-    return Path(out.name)
+        return fragments

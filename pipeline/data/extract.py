@@ -6,7 +6,6 @@ output is linked from there. A killed run, or one video added, repeats no finish
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import cv2
 from tqdm import tqdm
 
 from pipeline.config import Config, fingerprint
+from pipeline.data.attributes import check_columns, write_attributes
 from pipeline.data.contact_sheet import write_contact_sheets
 from pipeline.data.dicom import is_dicom, read_identity
 from pipeline.data.frame_labels import cut_videos
@@ -44,6 +44,7 @@ from pipeline.files import (
     atomic_write,
     csv_text,
     hash_file,
+    is_full,
     read_json,
     scratch_folder,
     write_json,
@@ -55,7 +56,6 @@ __all__ = ["Extracted", "Task", "extract_media", "extract_one", "extract_source"
 FORMAT = 1
 """Raised when the same file and parameters would give other frames, so that old scratch results are not reused."""
 _STORE_FILE = re.compile(r"[0-9a-f]{16}\.(tar|idx\.npy|mask\.png)")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,12 @@ def _has_mask(item: Facts | VideoRow) -> bool:
 
 
 def _write_problem(error: OSError, folder: Path) -> str:
-    """What to tell when a frame store cannot be written."""
-    if error.errno in _FULL:
-        free = shutil.disk_usage(folder).free / 1e6
-        return f"{folder}: the disk is full ({free:.0f} MB free). Make room and start again; finished videos are kept."
+    """What to tell when a frame store, or a stream on its way there, cannot be written."""
+    if is_full(error):
+        # Of streams that are unpacked the error names the folder.
+        where = Path(error.filename or folder)
+        free = shutil.disk_usage(where).free / 1e6
+        return f"{where}: the disk is full ({free:.0f} MB free). Make room and start again; finished videos are kept."
     return f"{folder}: cannot be written ({error.strerror or error})"
 
 
@@ -276,7 +278,7 @@ def _place(scratch: Path, output: Path, name: str) -> None:
     try:
         os.link(scratch / name, target)
     except OSError as error:
-        if error.errno in _FULL:
+        if is_full(error):
             raise
         part = output / f".{name}.part"
         shutil.copyfile(scratch / name, part)
@@ -396,6 +398,7 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
         raise ConfigError(f"source '{source}': unknown. Allowed: {', '.join(['main', *config.data.extra_sources])}")
     started, params = time.perf_counter(), config.extract
     found = read_labelled_media(source, config.data)
+    columns = check_columns(config.evaluate.subgroups, found.columns) if source == "main" else {}
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "manifest.csv").unlink(missing_ok=True)
@@ -413,6 +416,8 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
     metrics = _metrics(manifest, results, time.perf_counter() - started)
     with _writing(report_folder):
         write_json(report_folder / "metrics.json", metrics)
+        if source == "main":
+            write_attributes(report_folder / "attributes.csv", columns, rows, found.cells)
         if rows:
             store = FrameStore(output)
             write_contact_sheets(store, report_folder)

@@ -27,7 +27,7 @@ from pipeline.data.probe import Header, read_header
 from pipeline.data.trouble import CUT_TURN, KINDS, REPEAT, Finding, FrameWatch, check_cuts, check_frames, check_picture, check_times, detail, tint, turn
 from pipeline.data.video import Media, content_hash
 from pipeline.errors import DataError
-from pipeline.files import hash_file
+from pipeline.files import hash_file, is_full
 from pipeline.parameters import DataParams
 from pipeline.registry import METHODS
 
@@ -164,7 +164,7 @@ def _size(media: Media) -> int:
 
 
 def inspect_file(task: Look) -> FileReport:
-    """Look at one medium. Never raises for a bad file."""
+    """Look at one medium. Never raises for a bad file; DataError where the disk of temporary files is full."""
     media = task.media
     report = FileReport(media.path, media.kind, _size(media))
     try:
@@ -182,6 +182,8 @@ def inspect_file(task: Look) -> FileReport:
     except (cv2.error, MemoryError) as error:
         report.findings.append(Finding("unreadable", f"decoding failed ({type(error).__name__})"))
     except OSError as error:
+        if is_full(error):
+            raise DataError(f"{error.filename}: the disk is full. Make room, or set TMPDIR to another folder, and start again.") from None
         report.findings.append(Finding("unreadable", f"cannot be read ({error.strerror or 'not an image that can be opened'})"))
     return report
 

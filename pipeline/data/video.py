@@ -23,7 +23,7 @@ from pipeline.data.masking import Decision, Masker
 from pipeline.data.thinning import Thinner
 from pipeline.data.trouble import KINDS, FrameWatch
 from pipeline.errors import DataError
-from pipeline.files import hash_bytes, hash_file, is_odd, leads_out
+from pipeline.files import hash_bytes, hash_file, is_full, is_odd, leads_out
 from pipeline.parameters import ExtractParams
 
 # FFmpeg reads these when a file is opened. Only real containers are allowed: a play list renamed to clip.mp4 would
@@ -343,6 +343,8 @@ class MediaReader:
                 raise DataError(f"{self.media.path}: the file is empty")
             frames = self.open()
         except OSError as error:
+            if is_full(error):
+                raise  # while a stream was unpacked
             raise DataError(f"{self.media.path}: cannot be read ({error.strerror})") from None
         try:
             yield from self._read(frames)
@@ -380,12 +382,10 @@ class MediaReader:
     def _open_dicom(self) -> _Frames:
         """A DICOM file: its pictures, or the video stream it wraps."""
         path, shown = self.media.location, self.media.path
-        stream = stream_of(path, shown)
-        if stream is not None:
-            try:
-                container = _Container(Media(shown, "video", stream), self.params.max_pixels)
-            finally:
-                stream.unlink()  # FFmpeg holds it open; nothing is left behind whatever happens
+        with stream_of(path, shown) as stream:
+            # FFmpeg holds it open beyond the block.
+            container = None if stream is None else _Container(Media(shown, "video", stream), self.params.max_pixels)
+        if container is not None:
             # What DICOM says of the recording is believed before what the stream says.
             fps, source, container.regions = stream_header(path, shown)
             if fps is not None:
