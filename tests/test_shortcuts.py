@@ -14,7 +14,12 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.evaluation.shortcuts import area_facts, file_facts, predict, shortcuts_part
+from pipeline.evaluation.shortcuts import (
+    area_facts,
+    file_facts,
+    predict,
+    shortcuts_part,
+)
 
 SURE = {"pretrained": 4.0, "random": 4.0}
 

@@ -50,6 +50,10 @@ class LabelledMedia:
     media: list[Media]
     labels: dict[str, Label]
     notes: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    """Columns of the tables, without those of paths and patients."""
+    cells: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What the tables say of a path in these columns."""
 
 
 @dataclass
@@ -68,6 +72,8 @@ class _Tables:
 
     rows: list[_Row] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
+    identifying: set[str] = field(default_factory=set)
+    """Columns of paths and patients."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: int = 0
@@ -205,6 +211,7 @@ def _read_table(path: Path, params: DataParams, tables: _Tables, required: bool,
             return
         tables.files += 1
         tables.columns += [name for name in columns if name not in tables.columns]
+        tables.identifying |= {column for role, column in chosen.items() if role != "label"}
         for cells in reader:
             where = f"{path.name} line {reader.line_num}"
             if None in cells or None in cells.values():
@@ -330,6 +337,10 @@ def _attach(found: LabelledMedia, tables: _Tables, survey: Survey) -> None:
             if old != new:
                 tables.problems.append(f"{row.where}: '{row.path}' has {role} '{new}', but '{old}' at {before.where}")
     found.labels = {path: row.said for path, row in first.items()}
+    found.columns = [name for name in tables.columns if name not in tables.identifying]
+    for row in tables.rows:
+        known = found.cells.setdefault(row.path, {})
+        known.update({name: cell for name, cell in row.cells.items() if name in found.columns and not known.get(name)})
 
 
 def _filter(found: LabelledMedia, tables: _Tables, include: dict[str, list[str | int | float]]) -> None:

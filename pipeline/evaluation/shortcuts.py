@@ -22,7 +22,17 @@ from pipeline.evaluation.forest import draw_forest
 from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.predictions import probability_columns
-from pipeline.evaluation.report import METRIC_NAMES, Picture, Section, Table, interval_words, number, percent, plural, signed
+from pipeline.evaluation.report import (
+    METRIC_NAMES,
+    Picture,
+    Section,
+    Table,
+    interval_words,
+    number,
+    percent,
+    plural,
+    signed,
+)
 from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap
 
 __all__ = ["area_facts", "file_facts", "predict", "shortcuts_part"]
