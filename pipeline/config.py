@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.files import hash_bytes
-from pipeline.parameters import (
 from pipeline.grid import grid_lines, replaced
+from pipeline.parameters import (
     DataParams, EvaluateParams, ExtractParams, FinetuneParams, LaunchParams, PretrainParams, Section, SplitParams, TrackingParams,
 )
 from pipeline.registry import METHODS
@@ -122,19 +122,18 @@ def _across_sections(config: Config) -> list[str]:
     ]
     if config.finetune.source != "main":
         lines.append(f"finetune.source: got '{config.finetune.source}'; allowed: main (the labelled corpus, data.source)")
-    for name in config.data.extra_sources:
     if config.evaluate.aggregation == "attention" and config.finetune.pooling != "attention":
         lines.append(
             "evaluate.aggregation: attention weighs frames as fine-tuning has learnt to, but finetune.pooling is mean. Use finetune.pooling: "
             "attention, or another aggregation"
         )
     lines += _grid_problems(config.finetune)
+    for name in config.data.extra_sources:
         if name == "main" or not name.replace("_", "").replace("-", "").isalnum():
             lines.append(f"data.extra_sources.{name}: a source name is letters, digits, '_' and '-', and not 'main'")
     return lines
 
 
-def load_config(path: Path | str = "params.yaml") -> Config:
 def _grid_problems(finetune: FinetuneParams) -> list[str]:
     """Keys, values and combinations of finetune.grid that no recipe could have; each problem once, with the first values that show it."""
     lines = grid_lines(finetune)
@@ -149,6 +148,7 @@ def _grid_problems(finetune: FinetuneParams) -> list[str]:
     return list(found.values())
 
 
+def load_config(path: Path | str = "params.yaml") -> Config:
     """Read and check params.yaml.
 
     Returns:

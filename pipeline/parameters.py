@@ -436,17 +436,14 @@ class EvaluateParams(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     neighbors: int = Field(5, ge=1, le=50)
     """Nearest training frames a test frame is compared with in the report's section on features."""
-    subgroups: list[str] = Field(default_factory=list)
-    """Columns by which videos are judged in groups: of the labels table, or one of `pipeline.data.attributes.MANIFEST`."""
-
-    @field_validator("subgroups")
-    @classmethod
-    def _once(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value) or not all(name.strip() for name in value):
-            raise ValueError(f"subgroups must be names of columns, none twice; got {value}")
-        return value
-
     title: str = "Sonoscope report"
+
+    @field_validator("top_k")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"got {value:g}; below 1 it is a share of the frames, from 1 a whole number of frames")
+        return value
 
 
 class TrackingParams(Section):
@@ -471,10 +468,3 @@ class LaunchParams(Section):
     threads: int | Literal["auto"] = "auto"
     """CPU threads a process; `auto` divides the cores among the processes."""
     timeout_minutes: float = Field(30.0, gt=0)
-    @field_validator("top_k")
-    @classmethod
-    def _share_or_count(cls, value: float) -> float:
-        if value >= 1 and value != int(value):
-            raise ValueError(f"got {value:g}; below 1 it is a share of the frames, from 1 a whole number of frames")
-        return value
-

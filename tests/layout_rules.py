@@ -39,7 +39,7 @@ ORDER = """
     data.sector
     data.masking
     data.video data.manifest data.mask_report
-    data.store data.labels data.probe data.attributes
+    data.store data.labels data.probe
     data.contact_sheet data.frame_labels
     data.extract
     data.recipes.base
@@ -74,7 +74,7 @@ ORDER = """
     evaluation.report
     evaluation.summary evaluation.content evaluation.parts
     evaluation.feature_pages evaluation.curve_pages
-    evaluation.shortcuts evaluation.subgroups
+    evaluation.shortcuts
     evaluation.pages
     evaluation.evaluate
     evaluation.compare

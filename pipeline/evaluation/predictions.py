@@ -171,11 +171,11 @@ def _check_rows(table: pd.DataFrame, columns: list[str], card: ItemCard, label: 
         raise DataError(
             f"{label}: frame {row['frame']} of video {row['video']} is predicted twice. Run finetune again."
         )
-    values = table[columns].to_numpy()
     if "weight" in table.columns:
         sums = table.groupby(["part", "video"])["weight"].sum(skipna=False)
         if not ((sums - 1).abs() <= 1e-3).all() or (table["weight"] < 0).any():
             raise DataError(f"{label}: column weight: numbers of at least 0 that sum to 1 in every video are wanted. Run finetune again.")
+    values = table[columns].to_numpy()
     bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1 + SUM_TOLERANCE).any(axis=1)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
@@ -212,12 +212,12 @@ def _check_recipe(items: Sequence[Item]) -> None:
     for key in RECIPE:
         found: dict[str, str] = {}
         for item in items:
+            if key in (item.card.model_extra or {}).get("grid", {}):
+                continue
             value = item.card.selection if key == "selection" else (item.card.model_extra or {}).get(key)
             if value is not None:
                 found.setdefault(json.dumps(value), item.name)
         if len(found) > 1:
-            if key in (item.card.model_extra or {}).get("grid", {}):
-                continue
             listed = ", ".join(f"{value} ({name})" for value, name in found.items())
             raise DataError(
                 f"items were trained with different {key}: {listed}. Run `dvc repro finetune` for all of them."
