@@ -39,7 +39,7 @@ ORDER = """
     data.sector
     data.masking
     data.video data.manifest data.mask_report
-    data.store data.labels data.probe
+    data.store data.labels data.probe data.attributes
     data.contact_sheet data.frame_labels
     data.extract
     data.recipes.base
@@ -73,8 +73,9 @@ ORDER = """
     evaluation.roc_tests evaluation.decision_tests
     evaluation.report
     evaluation.summary evaluation.content evaluation.parts
-    evaluation.feature_pages evaluation.curve_pages
-    evaluation.shortcuts
+    evaluation.saliency
+    evaluation.feature_pages evaluation.curve_pages evaluation.explanations
+    evaluation.shortcuts evaluation.subgroups
     evaluation.pages
     evaluation.evaluate
     evaluation.compare

@@ -24,6 +24,7 @@ from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.phases import phase_metrics
 from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
 from pipeline.evaluation.shortcuts import shortcuts_part
+from pipeline.evaluation.subgroups import subgroups_part
 from pipeline.evaluation.summary import METRICS, average, summarise
 from pipeline.files import atomic_write, write_json
 from pipeline.tracking import NullTracker
@@ -32,6 +33,9 @@ __all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_reco
 
 PARTS: tuple[Callable[[Context], Part | None], ...] = (
     curves_part,
+    explanations_part,
+    calibration_part,
+    subgroups_part,
     shortcuts_part,
 )
 """The topics beside the main numbers, in the order of the report."""
