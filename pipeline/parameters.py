@@ -420,6 +420,14 @@ class FinetuneParams(Section):
         return self
 
 
+class ThresholdParams(Section):
+    """How the probability from which on a class is called is chosen on inner validation patients."""
+
+    rule: Literal["youden", "sensitivity", "specificity"] = "youden"
+    """`youden`: largest sensitivity + specificity; the others: at least `target` of it, and the most of the other."""
+    target: float = Field(0.9, gt=0, lt=1)
+
+
 class EvaluateParams(Section):
     """Out-of-fold metrics and the report."""
 

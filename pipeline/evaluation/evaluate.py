@@ -33,8 +33,6 @@ __all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_reco
 
 PARTS: tuple[Callable[[Context], Part | None], ...] = (
     curves_part,
-    explanations_part,
-    calibration_part,
     subgroups_part,
     shortcuts_part,
 )
