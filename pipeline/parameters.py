@@ -444,16 +444,6 @@ class EvaluateParams(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     neighbors: int = Field(5, ge=1, le=50)
     """Nearest training frames a test frame is compared with in the report's section on features."""
-    subgroups: list[str] = Field(default_factory=list)
-    """Columns by which videos are judged in groups: of the labels table, or one of `pipeline.data.attributes.MANIFEST`."""
-
-    @field_validator("subgroups")
-    @classmethod
-    def _once(cls, value: list[str]) -> list[str]:
-        if len(set(value)) < len(value) or not all(name.strip() for name in value):
-            raise ValueError(f"subgroups must be names of columns, none twice; got {value}")
-        return value
-
     calibration: Literal["none", "temperature", "platt"] = "temperature"
     """How probabilities are made to mean what they say, fitted on inner validation patients; the main numbers are those without it."""
     positive_class: str | None = None
