@@ -8,10 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from pipeline.errors import DataError
-from pipeline.evaluation.fold_tests import corrected_resampled_t
 from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.statistics import (
     METRICS,
@@ -215,34 +213,6 @@ def test_permutation__false_positives_at_the_nominal_rate() -> None:
         pair = [Scores(first.labels, values, first.patients, first.classes) for values in probabilities]
         hits += permutation_test(*pair, "accuracy", permutations=300, seed=trial).p_value <= 0.05
     assert hits / 150 <= 0.10
-
-
-def test_corrected_t__closed_form_and_plain_t_in_the_limit() -> None:
-    values = [0.02, 0.05, -0.01, 0.03, 0.04]
-    result = corrected_resampled_t(values, 1 / 4)
-    error = np.std(values, ddof=1) * math.sqrt(1 / 5 + 1 / 4)
-    assert result.t == pytest.approx(np.mean(values) / error)
-    assert result.p_value == pytest.approx(2 * stats.t.sf(result.t, 4))
-    assert (result.low + result.high) / 2 == pytest.approx(np.mean(values))
-    plain = stats.ttest_1samp(values, 0)
-    assert corrected_resampled_t(values, 1e-15).p_value == pytest.approx(plain.pvalue)
-
-
-def test_corrected_t__published_example() -> None:
-    # 10 folds, mean 2.0 points, standard deviation of the differences sqrt(3.4^2 + 4.7^2): t = 0.75.
-    spread = math.hypot(3.4, 4.7)
-    values = np.array([-1.0, 1.0] * 5)
-    values = 2.0 + values / values.std(ddof=1) * spread
-    assert corrected_resampled_t(values, 1 / 9).t == pytest.approx(0.75, abs=0.005)
-
-
-def test_corrected_t__degenerate_and_wrong_input() -> None:
-    constant = corrected_resampled_t([0.1, 0.1, 0.1], 0.5)
-    assert constant.t is None and constant.p_value is None and constant.low == constant.high
-    with pytest.raises(DataError, match="at least 2"):
-        corrected_resampled_t([0.1], 0.5)
-    with pytest.raises(DataError, match="finite"):
-        corrected_resampled_t([0.1, float("nan")], 0.5)
 
 
 def test_holm__worked_example() -> None:

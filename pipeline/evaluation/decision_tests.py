@@ -65,7 +65,7 @@ def mcnemar(first: Scores, second: Scores) -> Discordance:
     p_value, reason = 1.0, ""
     if single:
         fewer = min(wins, losses)
-        p_value = float(2 * stats.binom.cdf(fewer, wins + losses, 0.5) - stats.binom.pmf(fewer, wins + losses, 0.5))
+        p_value = min(1.0, float(2 * stats.binom.cdf(fewer, wins + losses, 0.5) - stats.binom.pmf(fewer, wins + losses, 0.5)))
     else:
         p_value, reason = _clustered(np.bincount(np.searchsorted(order, first.patients.astype(str)), lean, len(order)))
     kind: Literal["mid-p", "clustered"] = "mid-p" if single else "clustered"

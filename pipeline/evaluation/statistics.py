@@ -178,9 +178,8 @@ def bootstrap_intervals(
 
 def _paired(first: Runs, second: Runs) -> tuple[WeightedRuns, WeightedRuns]:
     """Both sets over one order of patients; DataError unless patients and classes agree."""
-    left, right = WeightedRuns(first), WeightedRuns(second)
-    same_patients(left.runs[0], right.runs[0])
-    return left, right
+    order = same_patients(first, second)
+    return WeightedRuns(first, order), WeightedRuns(second, order)
 
 
 def _difference(left: WeightedRuns, right: WeightedRuns, metric: str, weights: np.ndarray) -> np.ndarray:

@@ -134,43 +134,43 @@ class WeightedMetrics:
         return result
 
 
-def same_patients(first: Scores, second: Scores) -> list[str]:
+def same_patients(first: Runs, second: Runs) -> list[str]:
     """The sorted patients of two sets of predictions that are to be compared.
 
     Raises:
         DataError: patients or classes differ, or there are no rows.
     """
-    names = [set(part.patients.tolist()) for part in (first, second)]
-    if first.classes != second.classes:
-        raise DataError(f"comparison: classes differ: {', '.join(first.classes)} and {', '.join(second.classes)}")
+    left, right = ([part] if isinstance(part, Scores) else list(part) for part in (first, second))
+    names = [{name for scores in part for name in scores.patients.tolist()} for part in (left, right)]
+    if not names[0] and not names[1]:
+        raise DataError("comparison: no rows to compare")
+    if left[0].classes != right[0].classes:
+        raise DataError(f"comparison: classes differ: {', '.join(left[0].classes)} and {', '.join(right[0].classes)}")
     if names[0] != names[1]:
         odd = sorted(names[0] ^ names[1])
         raise DataError(
-            f"comparison: the two sets of predictions must hold the same patients; {len(odd)} are in only one of "
-            "them, such as "
-            f"{odd[0]}"
+            f"comparison: the two sets of predictions must hold the same patients; {len(odd)} are in only one of them, such as {odd[0]}"
         )
-    if not names[0]:
-        raise DataError("comparison: no rows to compare")
     return sorted(names[0])
 
 
-def _listed(runs: Runs) -> list[Scores]:
-    """The runs as a list; DataError unless there is one, and all have rows of the same patients and classes."""
-    found = [runs] if isinstance(runs, Scores) else list(runs)
-    if not found or not len(found[0].labels):
-        raise DataError("predictions: no rows to evaluate")
-    for other in found[1:]:
-        same_patients(found[0], other)
-    return found
-
-
 class WeightedRuns:
-    """`WeightedMetrics` of every run of the same patients; values are means over the runs."""
+    """`WeightedMetrics` of every run over one order of patients; values are means over the runs."""
 
     def __init__(self, runs: Runs, patients: Sequence[str] | None = None) -> None:
-        self.runs = _listed(runs)
-        self.patients = sorted(set(self.runs[0].patients.tolist())) if patients is None else list(patients)
+        """`patients` fixes the order (default: sorted patients of all runs).
+
+        Raises:
+            DataError: no rows, or classes differ between runs.
+        """
+        self.runs = [runs] if isinstance(runs, Scores) else list(runs)
+        if not self.runs or not all(len(scores.labels) for scores in self.runs):
+            raise DataError("predictions: no rows to evaluate")
+        for other in self.runs:
+            if other.classes != self.runs[0].classes:
+                raise DataError(f"predictions: runs with classes {', '.join(self.runs[0].classes)} and {', '.join(other.classes)}")
+        known = sorted({name for scores in self.runs for name in scores.patients.tolist()})
+        self.patients = known if patients is None else list(patients)
         self.engines = [WeightedMetrics(scores, self.patients) for scores in self.runs]
 
     def values(self, weights: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:
