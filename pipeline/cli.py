@@ -129,9 +129,28 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from pipeline.evaluation.compare import compare
+    from pipeline.evaluation.compare import Settings, compare, compare_by
+    from pipeline.evaluation.compare_sources import Finder
+    from pipeline.evaluation.compare_tables import as_markdown, headline
 
-    print(compare(arguments.experiments)["text"])
+    settings = Settings(
+        metric=arguments.metric, level=arguments.level, initialisation=arguments.init, reference=arguments.reference,
+        all_pairs=arguments.all_pairs, join_seeds=arguments.join_seeds,
+    )
+    finder = Finder(Path(arguments.params))
+    if arguments.by:
+        found = compare_by(arguments.experiments, arguments.by, settings, finder)
+    else:
+        found = compare(arguments.experiments, settings, finder)
+    print(as_markdown(found, full=False))
+    print(headline(found))
+    for line in found.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    if arguments.out:
+        from pipeline.evaluation.compare_pages import write_comparison
+
+        write_comparison(found, Path(arguments.out))
+        print(f"{arguments.out} holds compare.html (everything, for reading and printing), compare.png, compare.csv, compare.md, compare.json")
     return 0
 
 
@@ -302,6 +321,27 @@ def _parser() -> argparse.ArgumentParser:
     preset = commands.add_parser(
         "preset",
         help="list the presets, or print one as words for 'dvc exp run'",
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-command `compare`."""
+    compare = commands.add_parser(
+        "compare",
+        help="compare experiments on the same folds, with intervals and corrected p values",
+        description="Names of 'dvc exp show', git revisions, project folders, or runs in MLflow (name or id). A-s0+A-s1 joins experiments that "
+        "differ only in their seeds into one row, NAME=A-s0+A-s1 names it. The first is what the others are compared with.",
+    )
+    compare.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
+    metrics = ["balanced_accuracy", "accuracy", "macro_f1", "macro_auroc", "log_loss", "brier"]
+    compare.add_argument("--metric", default=metrics[0], choices=metrics, help="of the differences (default: balanced_accuracy)")
+    compare.add_argument("--level", default="video", choices=["video", "patient", "frame"], help="what is judged (default: video)")
+    compare.add_argument("--init", default="pretrained", choices=["pretrained", "random"], help="the network that was fine-tuned (default: pretrained)")
+    compare.add_argument("--join-seeds", action="store_true", help="experiments that differ only in pretrain.seed and finetune.seeds become one row")
+    compare.add_argument("--reference", metavar="NAME", help="the row the others are compared with (default: the first)")
+    compare.add_argument("--all-pairs", action="store_true", help="compare every row with every other; Holm over all pairs")
+    compare.add_argument("--by", metavar="KEY", help="draw the metric against this parameter, such as finetune.label_fraction; seeds are joined")
+    compare.add_argument("--out", metavar="FOLDER", help="write a page, a picture and tables there")
+    compare.set_defaults(run=_compare)
+
+
         description="Without NAME: the list. With NAME: the words for 'dvc exp run $(sonoscope preset NAME)'.",
     )
     preset.add_argument("name", nargs="?", metavar="NAME")
@@ -311,13 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     sync = commands.add_parser("sync", help="deliver what was logged while the MLflow store was away")
     sync.set_defaults(run=_sync)
 
-    compare = commands.add_parser(
-        "compare",
-        help="compare experiments on the same folds, with intervals and corrected p values",
-        description="Names of 'dvc exp show', git revisions, or project folders. The first is what the others are compared with.",
-    )
-    compare.add_argument("experiments", nargs="+", metavar="EXPERIMENT")
-    compare.set_defaults(run=_compare)
+    _add_compare(commands)
 
     export = commands.add_parser(
         "export",
@@ -340,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_data(commands)
 
-    for command in (check, preset, ui):
+    for command in (check, preset, ui, commands.choices["compare"]):
         command.add_argument("--params", default="params.yaml", help="parameter file (default: params.yaml)")
     return parser
 

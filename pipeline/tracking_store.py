@@ -22,7 +22,7 @@ from pipeline.files import atomic_write
 from pipeline.tracking_journal import FOLDER, file_lock
 from pipeline.tracking_model import build_model, put_files
 
-__all__ = ["Deliverer", "cleaned_key", "default_uri", "resolve_uri"]
+__all__ = ["Deliverer", "cleaned_key", "connect", "default_uri", "resolve_uri"]
 
 MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_KEY = 1000, 100, 6000, 250
 SQLITE_WAIT_SECONDS = 1.0
@@ -60,7 +60,7 @@ def cleaned_key(key: str) -> str:
     return "/".join(parts)[:MAX_KEY] or "_"
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
     """An MLflow client for `uri`. The import takes a second, which is why it happens here and nowhere else."""
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -184,7 +184,7 @@ class Deliverer:
         """The connected client; the first creation of a SQLite store is guarded because its migrations race."""
         if self._client is None:
             with file_lock(self.root / FOLDER / "store.lock", LOCK_WAIT_SECONDS):
-                self._client = _connect(resolve_uri(self._uri or self.state["uri"], self.root))
+                self._client = connect(resolve_uri(self._uri or self.state["uri"], self.root))
                 self._client.search_experiments(max_results=1)
         return self._client
 

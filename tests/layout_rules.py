@@ -79,7 +79,11 @@ ORDER = """
     evaluation.pages
     evaluation.evaluate
     evaluation.compare
+    evaluation.compare_sources evaluation.compare_numbers
+    evaluation.compare_rules
     methods.base
+    evaluation.compare_tables
+    evaluation.compare_pages
     methods.*
     preflight
     training.optim training.inputs

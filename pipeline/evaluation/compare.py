@@ -1,145 +1,318 @@
-"""Several experiments on the same patients: one row each, and paired differences to the first with corrected p values.
+"""Several experiments on the same patients: one row each, and paired differences to one of them with corrected p values.
 
-    sonoscope compare EXPERIMENT EXPERIMENT ...      (names of `dvc exp show`, git revisions, or folders)
+    sonoscope compare EXPERIMENT EXPERIMENT ...        (names of `dvc exp show`, revisions, folders, MLflow runs)
+    sonoscope compare A-s0+A-s1 B=B-s0+B-s1            (seeds of one experiment as one row)
 
-Intervals of the differences resample patients; p values come from a patient-level permutation test, corrected by Holm.
+Refuses what was not judged on the same videos in the same folds, and says what differs. `compare_pages` shows the result.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
-import pandas as pd
-import yaml
-
-from pipeline.config import pretraining_name
 from pipeline.errors import DataError
-from pipeline.evaluation.metrics import Scores
-from pipeline.evaluation.statistics import bootstrap_intervals, holm, paired_bootstrap, permutation_test
+from pipeline.evaluation.compare_numbers import METRICS, Difference, Measured, difference
+from pipeline.evaluation.compare_rules import SEEDS, Group, joined, same_rules, tables_of, together, unequal
+from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment
+from pipeline.evaluation.statistics import Interval, holm
+from pipeline.registry import did_you_mean
 
-__all__ = ["Experiment", "compare", "read_experiment"]
+__all__ = ["LOWER_IS_BETTER", "Comparison", "Curve", "Row", "Settings", "compare", "compare_by"]
 
-METRICS = ("balanced_accuracy", "accuracy", "macro_f1", "macro_auroc")
-RESULTS = "reports/evaluate"
+LOWER_IS_BETTER = ("log_loss", "brier")
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of a comparison."""
+
+    metric: str = "balanced_accuracy"
+    level: Level = "video"
+    initialisation: str = "pretrained"
+    reference: str | None = None
+    """Name of a row; None for the first."""
+    all_pairs: bool = False
+    join_seeds: bool = False
+    replicates: int = 2000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise DataError(f"compare: unknown metric '{self.metric}'. Allowed: {', '.join(METRICS)}.{did_you_mean(self.metric, METRICS)}")
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """Out-of-fold predictions per video of one experiment."""
+class Row:
+    """One line of the result."""
 
     name: str
     method: str
     stamp: str
-    table: pd.DataFrame
-    """predictions_video.csv, rows of one initialisation."""
+    members: tuple[str, ...]
+    values: Mapping[str, Interval]
+    """By metric: mean over seeds and repeats, interval over patients."""
+    seeds: Mapping[str, float | None]
+    """The chosen metric of each seed."""
 
-    @property
-    def classes(self) -> list[str]:
-        """Class names in the order of the probability columns."""
-        return [column.removeprefix("p_") for column in self.table.columns if column.startswith("p_")]
-
-
-def _read(name: str, file: str) -> str:
-    """A file of a project folder or of an experiment known to DVC; `file` is relative to the project."""
-    folder = Path(name)
-    if folder.is_dir():
-        path = folder / file
-        if not path.is_file():
-            raise DataError(f"compare: {path} does not exist. Run the evaluate stage there first (dvc repro).")
-        return path.read_text(encoding="utf-8")
-    import dvc.api
-    from dvc.exceptions import DvcException
-
-    try:
-        return dvc.api.read(file, rev=name, encoding="utf-8")
-    except (DvcException, FileNotFoundError, OSError) as error:
-        raise DataError(
-            f"compare: '{name}' is neither a folder nor an experiment whose {file} is in the cache "
-            f"({type(error).__name__}). `dvc exp show` lists the experiments."
-        ) from None
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name, "method": self.method, "stamp": self.stamp, "members": list(self.members),
+            "values": {name: interval.as_dict() for name, interval in self.values.items()}, "seeds": dict(self.seeds),
+        }
 
 
-def read_experiment(name: str, initialisation: str = "pretrained") -> Experiment:
-    """Predictions of one experiment.
+@dataclass(frozen=True)
+class Curve:
+    """Rows as points of lines over one parameter."""
+
+    key: str
+    values: Sequence[str]
+    """Of the parameter, in order."""
+    lines: Mapping[str, Mapping[str, str]]
+    """By line: value to name of the row. A line whose only value is "" does not know the parameter and is the same everywhere."""
+    against: Mapping[str, str]
+    """By row: the row it is compared with."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was found."""
+
+    settings: Settings
+    rows: Sequence[Row]
+    reference: str
+    pairs: Sequence[Difference]
+    """First minus second: every row minus the reference, or all pairs."""
+    counts: Mapping[str, int]
+    """patients, units, folds, repeats, seeds, classes."""
+    classes: Sequence[str]
+    differing: Mapping[str, Sequence[str]]
+    """Parameters that are not equal in all rows, with the value of each row ("" where a row has none)."""
+    warnings: Sequence[str] = field(default_factory=list)
+    curve: Curve | None = None
+
+    def to(self, name: str) -> Difference | None:
+        """The difference of a row to the row it is compared with: the reference, or on a curve its point at the same value."""
+        other = self.curve.against.get(name, "") if self.curve else self.reference
+        return next((pair for pair in self.pairs if (pair.first, pair.second) == (name, other)), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        asked = self.settings
+        return {
+            "schema": 1, "metric": asked.metric, "level": asked.level, "initialisation": asked.initialisation, "reference": self.reference,
+            "replicates": asked.replicates, "confidence": asked.confidence, "seed": asked.seed, "all_pairs": asked.all_pairs,
+            "lower_is_better": asked.metric in LOWER_IS_BETTER, "counts": dict(self.counts), "classes": list(self.classes),
+            "rows": [row.as_dict() for row in self.rows], "differences": [pair.as_dict() for pair in self.pairs],
+            "differing_parameters": {key: list(values) for key, values in self.differing.items()}, "warnings": list(self.warnings),
+            "curve": None if self.curve is None else {"key": self.curve.key, "values": list(self.curve.values), "lines": {k: dict(v) for k, v in self.curve.lines.items()}},
+        }
+
+
+def _words(name: str, finder: Finder, settings: Settings) -> tuple[str, list[Experiment]]:
+    """`A`, `A+B` or `NAME=A+B`: what the row is called ("" for: find a name), and its experiments.
+
+    A name that exists as it is written wins, since revisions may hold both characters.
+    """
+    def read(one: str) -> Experiment:
+        return read_experiment(one, settings.initialisation, settings.level, finder)
+
+    if not {"=", "+"} & set(name) or finder.knows(name):
+        one = read(name)
+        return one.name, [one]
+    label, _, rest = name.partition("=") if "=" in name else ("", "", name)
+    members = [read(part) for part in rest.split("+")] if all(rest.split("+")) else []
+    if not members or ("=" in name and not label):
+        raise DataError(f"compare: '{name}': write A+B+C or NAME=A+B+C, without spaces")
+    return label, members
+
+
+def measure(groups: Sequence[Group], settings: Settings) -> tuple[list[Measured], list[Row]]:
+    """Rows with all metrics.
 
     Raises:
-        DataError: unknown experiment, or it has no rows of this initialisation.
+        DataError: see `same_rules`.
     """
-    table = pd.read_csv(io.StringIO(_read(name, f"{RESULTS}/predictions_video.csv")), keep_default_na=False, dtype={"video": str, "patient": str, "label": str})
-    rows = table[table["init"] == initialisation]
-    if rows.empty:
-        raise DataError(f"compare: '{name}' has no initialisation '{initialisation}'; found: {', '.join(sorted(set(table['init'])))}")
-    stamp = json.loads(_read(name, f"{RESULTS}/metrics.json")).get("stamp") or "none"
-    pretrain = yaml.safe_load(_read(name, "params.yaml"))["pretrain"]
-    method = pretraining_name(str(pretrain["method"]), str(pretrain.get("init", "random")))
-    return Experiment(name, method, "" if stamp == "none" else stamp, rows.reset_index(drop=True))
-
-
-def _same_folds(experiments: Sequence[Experiment]) -> None:
-    """Refuse experiments that were not judged on the same videos in the same folds."""
-    keys = ["video", "fold", "seed", "patient", "label"]
-    first = experiments[0]
-    wanted = set(map(tuple, first.table[keys].astype(str).to_numpy()))
-    for other in experiments[1:]:
-        if other.classes != first.classes:
-            raise DataError(f"compare: '{other.name}' tells apart {other.classes}, '{first.name}' {first.classes}")
-        found = set(map(tuple, other.table[keys].astype(str).to_numpy()))
-        if found != wanted:
-            example = sorted(found ^ wanted)[0]
-            raise DataError(
-                f"compare: '{other.name}' and '{first.name}' were not judged on the same folds: {len(found ^ wanted)} rows differ, for "
-                f"example video {example[0]} (fold {example[1]}, seed {example[2]}). Run both with the same data and split parameters."
+    tables = tables_of(groups)
+    same_rules([group.name for group in groups], tables, [group.members[0].classes for group in groups])
+    measured, rows = [], []
+    for group, table in zip(groups, tables, strict=True):
+        one = Measured(group.name, table, group.members[0].classes)
+        rows.append(
+            Row(
+                group.name, group.members[0].method, group.stamp, tuple(member.name for member in group.members),
+                one.intervals(settings.confidence), one.by_seed(settings.metric),
             )
+        )
+        measured.append(one)
+    return measured, rows
 
 
-def compare(names: Sequence[str], *, replicates: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Metrics of every experiment and its paired difference to the first one.
+def with_holm(pairs: Sequence[Difference]) -> list[Difference]:
+    """The pairs with p values corrected over all of them that have one."""
+    corrected = iter(holm([pair.p for pair in pairs if pair.p is not None]))
+    return [replace(pair, p_holm=next(corrected)) if pair.p is not None else pair for pair in pairs]
 
-    Returns:
-        {"rows": one dict an experiment (metrics with intervals, difference in balanced accuracy with interval, p, p after
-        Holm), "text": a Markdown table}.
+
+def compare(names: Sequence[str], settings: Settings | None = None, finder: Finder | None = None) -> Comparison:
+    """Metrics of every row and paired differences.
+
+    Args:
+        names: experiments; `A+B` or `NAME=A+B` joins experiments that differ only in their seeds.
 
     Raises:
-        DataError: fewer than two experiments, or they do not share folds.
+        DataError: fewer than two rows, unknown names, experiments that cannot be joined or were judged under other rules.
     """
-    if len(names) < 2:
-        raise DataError("compare: give at least two experiments; the first is the one the others are compared with")
-    experiments = [read_experiment(name) for name in names]
-    _same_folds(experiments)
-    scores = [Scores.from_table(experiment.table, experiment.classes) for experiment in experiments]
-    rows: list[dict[str, Any]] = []
-    for experiment, score in zip(experiments, scores, strict=True):
-        intervals = bootstrap_intervals(score, METRICS, replicates=replicates, seed=seed)
-        rows.append({"name": experiment.name, "method": experiment.method, "stamp": experiment.stamp, "metrics": intervals})
-    tests = [permutation_test(score, scores[0], "balanced_accuracy", seed=seed) for score in scores[1:]]
-    corrected = holm([1.0 if test.p_value is None else test.p_value for test in tests])
-    for row, score, test, p in zip(rows[1:], scores[1:], tests, corrected, strict=True):
-        row["difference"] = paired_bootstrap(score, scores[0], "balanced_accuracy", replicates=replicates, seed=seed)
-        row["p"], row["p_holm"] = test.p_value, p
-    return {"rows": rows, "text": _markdown(rows)}
+    settings = settings or Settings()
+    found = _read(names, settings, finder or Finder())
+    if settings.join_seeds:
+        groups = together([one for _, members in found for one in members])
+    else:
+        groups = [joined(members, label) for label, members in found]
+    called = _distinct([group.name for group in groups])
+    if len(groups) < 2:
+        raise DataError("compare: give at least two experiments; the first is the one the others are compared with (--reference names another)")
+    reference = _reference(settings, called)
+    place = called.index(reference)
+    if settings.all_pairs:
+        # The reference comes second in its pairs, so that its differences read as elsewhere.
+        order = [place, *(index for index in range(len(called)) if index != place)]
+        wanted = [(second, first) for first, second in combinations(order, 2)]
+    else:
+        wanted = [(index, place) for index in range(len(called)) if index != place]
+    return _result(groups, settings, reference, wanted)
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
-    def cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-        if value is None:
-            return "-"
-        # + 0.0 turns -0.0 into 0.0
-        shown, *ends = (None if x is None else f"{round(x, 2) + 0.0:{sign}.2f}" for x in (value, low, high))
-        return str(shown) if low is None else f"{shown} ({ends[0]} to {ends[1]})"
+def compare_by(names: Sequence[str], key: str, settings: Settings | None = None, finder: Finder | None = None) -> Comparison:
+    """Rows as points over one parameter: one line for each set of all other parameters; seeds are joined by themselves.
 
-    names = [metric.replace("_", " ") for metric in METRICS]
-    head = ["experiment", "method", *names, f"balanced accuracy minus {rows[0]['name']}", "p", "p (Holm)"]
-    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
-    for row in rows:
-        cells = [row["name"] + (f" [{row['stamp']}]" if row["stamp"] else ""), row["method"]]
-        intervals = [row["metrics"][metric] for metric in METRICS]
-        cells += [cell(i.value, i.low, i.high) for i in intervals]
-        gap = row.get("difference")
-        tail = [cell(gap.difference, gap.low, gap.high, "+"), f"{row['p']:.3f}", f"{row['p_holm']:.3f}"] if gap else ["", "", ""]
-        lines.append(" | ".join([*cells, *tail]))
-    return "\n".join(f"| {line} |" for line in lines)
+    Every point is compared with the reference line at the same value (or, with a single line, with the reference point).
+
+    Raises:
+        DataError: as `compare`; the parameter is unknown or has one value only.
+    """
+    settings = settings or Settings()
+    groups = together([one for _, members in _read(names, settings, finder or Finder()) for one in members])
+    key = _known_key(key, groups)
+    values = sorted({group.params[key] for group in groups if key in group.params}, key=_in_order)
+    if len(values) < 2:
+        raise DataError(f"compare: {key} is {values[0]} in all experiments given; --by needs experiments that differ in it")
+    lines: list[list[Group]] = []
+    # What a method is decides which block of parameters it has.
+    without = {key} if key != "pretrain.method" else {name for group in groups for name in group.params if name.startswith("methods.")} | {key}
+    for group in groups:
+        home = next((line for line in lines if not unequal(line[0].params, group.params, without)), None)
+        lines.append([group]) if home is None else home.append(group)
+    named = dict(zip(_line_names(lines, without), lines, strict=True))
+    points = [
+        (line, group.params.get(key, ""), replace(group, name=f"{line}, {group.params[key]}" if key in group.params else line))
+        for line, members in named.items() for group in sorted(members, key=lambda one: _in_order(one.params.get(key, "")))
+    ]
+    called = [group.name for _, _, group in points]
+    if len(named) > 1:
+        base = _reference(settings, list(named))
+        home = {value: group.name for line, value, group in points if line == base}
+        against = {group.name: home.get(value, home.get("", "")) for line, value, group in points if line != base}
+    else:
+        base = _reference(settings, called)
+        against = {name: base for name in called if name != base}
+    wanted = [(called.index(name), called.index(other)) for name, other in against.items() if other]
+    curve = Curve(key, values, {line: {value: group.name for one, value, group in points if one == line} for line in named}, against)
+    return _result([group for _, _, group in points], settings, base, wanted, curve)
+
+
+def _read(names: Sequence[str], settings: Settings, finder: Finder) -> list[tuple[str, list[Experiment]]]:
+    try:
+        return [_words(name, finder, settings) for name in names]
+    finally:
+        finder.close()
+
+
+def _distinct(names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"compare: two rows are called '{twice[0]}'; give each a name: NAME=EXPERIMENT")
+    return names
+
+
+def _reference(settings: Settings, names: Sequence[str]) -> str:
+    reference = settings.reference or names[0]
+    if reference not in names:
+        raise DataError(f"compare: --reference '{reference}' is none of {', '.join(names)}.{did_you_mean(reference, names)}")
+    return reference
+
+
+def _known_key(key: str, groups: Sequence[Group]) -> str:
+    """The full name of a parameter; its last part is enough where only one has it."""
+    keys = sorted({name for group in groups for name in group.params})
+    near = [name for name in keys if name == key or name.endswith(f".{key}")]
+    if key in keys or len(near) == 1:
+        return key if key in keys else near[0]
+    if key in SEEDS:
+        raise DataError(f"compare: --by {key}: seeds are repeats of one experiment and are joined, not drawn one by one")
+    found = f" It may be {' or '.join(near)}." if near else did_you_mean(key, keys)
+    raise DataError(f"compare: --by {key}: no experiment given has this parameter.{found}")
+
+
+def _in_order(value: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(value), ""
+    except ValueError:
+        return 1, 0.0, value
+
+
+def _line_names(lines: Sequence[Sequence[Group]], without: Iterable[str]) -> list[str]:
+    """The method, and where that is not enough the parameters in which lines of one method differ."""
+    names = [line[0].members[0].method for line in lines]
+    result = []
+    for name, line in zip(names, lines, strict=True):
+        peers = [other[0].params for other, called in zip(lines, names, strict=True) if called == name]
+        keys = sorted({key for peer in peers for key in unequal(peers[0], peer, without)})
+        result.append(", ".join([name, *(f"{key.rpartition('.')[2]} {line[0].params.get(key, '-')}" for key in keys[:3])]))
+    return [f"{name} ({result[:place].count(name) + 1})" if result.count(name) > 1 else name for place, name in enumerate(result)]
+
+
+def _result(
+    groups: Sequence[Group], settings: Settings, reference: str, wanted: Sequence[tuple[int, int]], curve: Curve | None = None
+) -> Comparison:
+    measured, rows = measure(groups, settings)
+    pairs = [
+        difference(
+            measured[one], measured[two], settings.metric, replicates=settings.replicates, confidence=settings.confidence, seed=settings.seed,
+        )
+        for one, two in wanted
+    ]
+    return Comparison(
+        settings, rows, reference, with_holm(pairs), _counts(measured[0]), measured[0].classes, _differing(groups),
+        _warnings(groups, settings, len(pairs)), curve,
+    )
+
+
+def _counts(one: Measured) -> dict[str, int]:
+    table = one.table
+    counted = {key: int(table[key].nunique()) for key in ("fold", "repeat", "seed")}
+    return {"patients": len(one.patients), "units": int(table["unit"].nunique()), **{f"{key}s": count for key, count in counted.items()}}
+
+
+def _differing(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Parameters in which rows differ; those of a method only where several rows use it."""
+    params = [group.params for group in groups]
+    keys = sorted({key for one in params for key in one})
+    values = {key: [one.get(key, "") for one in params] for key in keys}
+    return {key: row for key, row in values.items() if len({value for value in row if value or not key.startswith("methods.")} - {""}) > 1}
+
+
+def _warnings(groups: Sequence[Group], settings: Settings, pairs: int) -> list[str]:
+    lines = []
+    stamps = {group.name: group.stamp or "none" for group in groups}
+    if len(set(stamps.values())) > 1:
+        listed = "; ".join(f"{name}: {stamp}" for name, stamp in stamps.items())
+        lines.append(f"the rows were not made under the same rules ({listed}); a stamped number may be better than it would be for new patients")
+    if len({(group.params.get("evaluate.aggregation"), group.params.get("finetune.pooling")) for group in groups}) > 1 and settings.level != "frame":
+        lines.append("the rows join frames to videos in different ways (evaluate.aggregation, finetune.pooling)")
+    if pairs > 40:
+        lines.append(f"{pairs} pairs: after Holm's correction for so many only very small p values remain; a few comparisons planned beforehand say more")
+    return lines

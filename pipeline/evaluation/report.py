@@ -34,6 +34,7 @@ __all__ = [
     "headline_sentence",
     "interval_words",
     "stamp_words",
+    "page_environment",
     "verdict",
     "write_report",
 ]
@@ -316,7 +317,8 @@ def frame_uri(image: np.ndarray, side: int = 220) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Jinja with the filters of the pages; everything from outside is escaped."""
     jinja = Environment(
         loader=PackageLoader("pipeline.evaluation", ""),
         autoescape=True,
@@ -333,7 +335,7 @@ def write_report(path: Path, content: ReportContent) -> None:
     """Render the page and write it atomically; about 1 MB for 20 cases of 3 frames."""
     main = content.metrics[content.metrics["headline_init"]]
     page = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             c=content,
