@@ -69,10 +69,14 @@ ORDER = """
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
     evaluation.curves
     evaluation.weighted
+    evaluation.calibration
     evaluation.statistics evaluation.fold_tests evaluation.phases evaluation.predictions evaluation.feature_plots evaluation.forest
+    evaluation.calibration_plots
     evaluation.roc_tests evaluation.decision_tests
     evaluation.report
     evaluation.summary evaluation.content evaluation.parts
+    evaluation.calibration_results
+    evaluation.calibration_pages
     evaluation.saliency
     evaluation.feature_pages evaluation.curve_pages evaluation.explanations
     evaluation.shortcuts evaluation.subgroups

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
+from pipeline.evaluation.calibration_pages import calibration_part
 from pipeline.evaluation.curve_pages import curves_part
 from pipeline.evaluation.feature_pages import feature_results
 from pipeline.evaluation.metrics import aggregate
@@ -34,6 +35,7 @@ __all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_reco
 PARTS: tuple[Callable[[Context], Part | None], ...] = (
     curves_part,
     subgroups_part,
+    calibration_part,
     shortcuts_part,
 )
 """The topics beside the main numbers, in the order of the report."""

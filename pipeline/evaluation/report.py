@@ -284,7 +284,7 @@ def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]
             "One training run per fold: variation between repeated trainings is not in the intervals "
             "(finetune.seeds adds repeats)."
         )
-    lines.append("Probabilities are not calibrated; a 0.9 does not mean nine in ten.")
+    lines.append(metrics.get("calibration", {}).get("caution", "Probabilities are not calibrated; a 0.9 does not mean nine in ten."))
     if any("excluded" in line for line in warnings):
         lines.append(
             "Rare classes were left out of the evaluation (see warnings); the task was easier than clinical practice."

@@ -1,0 +1,416 @@
+"""Calibration, thresholds and decision curves: values by hand, what is recovered, and that test rows are never fitted on."""
+
+from __future__ import annotations
+
+import html
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_experiment import FakeExperiment
+from scipy.special import expit, softmax
+
+from pipeline.errors import DataError
+from pipeline.evaluation.calibration import (
+    LEAST_PATIENTS, brier_parts, calibration_line, calibration_metrics, chance_error, choose_threshold, fit_calibrator, net_benefit,
+    reliability_points,
+)
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.metrics import Scores, expected_calibration_error
+from pipeline.evaluation.weighted import draw_patients
+
+
+def drawn(patients: int, temperature: float, classes: int = 3, shift: float = 0.0, seed: int = 0) -> Scores:
+    """One unit a patient, labels drawn from true probabilities; the network's logits are those times `temperature`, class 0 plus `shift`."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, (patients, classes))
+    labels = (softmax(logits, axis=1).cumsum(1) < rng.random((patients, 1))).sum(1).clip(max=classes - 1)
+    logits[:, 0] += shift
+    return Scores(labels, softmax(temperature * logits, axis=1), np.arange(patients).astype(str), tuple("abcde"[:classes]))
+
+
+# fitting
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_temperature__recovers_what_the_logits_were_multiplied_by(temperature):
+    scores = drawn(4000, temperature)
+    found = fit_calibrator(scores, "temperature")
+    assert 1 / found.scale == pytest.approx(temperature, rel=0.06)
+    assert found.bias == (0, 0, 0) and found.fitted
+    after = found.apply(scores.probabilities)
+    assert np.array_equal(after.argmax(1), scores.probabilities.argmax(1))
+    assert expected_calibration_error(scores.labels, after) < 0.025
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_platt__recovers_slope_and_offset(classes):
+    found = fit_calibrator(drawn(6000, 2.0, classes, shift=1.0), "platt")
+    assert found.scale == pytest.approx(0.5, rel=0.08)
+    # softmax(z) is told from softmax(z + shift): class 0 needs its shift back, against any other class.
+    assert found.bias[0] - np.mean(found.bias[1:]) == pytest.approx(-1.0, abs=0.12)
+
+
+def test_temperature__the_optimum_is_that_of_the_formula():
+    """Two patients' worth of 0.9 / 0.1 of which 3 in 4 are right: without a prior the best certainty would be 0.75."""
+    labels = np.array([0, 0, 0, 1] * 5)
+    scores = Scores(labels, np.tile([0.9, 0.1], (20, 1)), np.arange(20).astype(str), ("a", "b"))
+    scale = fit_calibrator(scores, "temperature").scale
+    grid = np.linspace(0.2, 1.2, 100001)
+    certainty = expit(grid * np.log(9))
+    loss = -(15 * np.log(certainty) + 5 * np.log(1 - certainty)) + np.log(grid) ** 2 / (2 * 0.5**2)
+    assert scale == pytest.approx(grid[loss.argmin()], abs=1e-4)
+    assert 0.75 < expit(scale * np.log(9)) < 0.9
+
+
+def test_temperature__many_clips_of_a_patient_do_not_outweigh_the_prior():
+    once = drawn(8, 3.0)
+    often = Scores(np.repeat(once.labels, 50), np.repeat(once.probabilities, 50, 0), np.repeat(once.patients, 50), once.classes)
+    assert fit_calibrator(often, "temperature").scale == pytest.approx(fit_calibrator(once, "temperature").scale, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt"])
+def test_fit__few_patients_cost_little_and_gain(method):
+    """Mean log loss on new patients after fitting on 6: at most a hair worse where all was right, better where too sure."""
+    for temperature, wanted in ((1.0, 0.02), (4.0, -0.1)):
+        new = drawn(1500, temperature, seed=99)
+        change = []
+        for seed in range(40):
+            fitted = fit_calibrator(drawn(6, temperature, seed=seed), method).apply(new.probabilities)
+            change.append(calibration_metrics(Scores(new.labels, fitted, new.patients, new.classes))["log_loss"])
+        assert np.mean(change) - calibration_metrics(new)["log_loss"] < wanted
+
+
+@pytest.mark.parametrize(
+    ("scores", "method", "words"),
+    [
+        (drawn(LEAST_PATIENTS - 1, 1.0), "temperature", "4 inner validation patients; at least 5 are needed"),
+        (Scores(np.zeros(9, int), np.full((9, 2), 0.5), np.arange(9).astype(str), ("a", "b")), "temperature", "only 1 of 2 classes"),
+        (Scores(np.arange(9) % 2, np.full((9, 3), 1 / 3), np.arange(9).astype(str), ("a", "b", "c")), "platt", "only 2 of 3 classes"),
+        (drawn(50, 1.0), "none", "evaluate.calibration is none"),
+    ],
+)
+def test_fit__what_cannot_be_fitted_changes_nothing_and_says_why(scores, method, words):
+    found = fit_calibrator(scores, method)
+    assert words in found.reason and not found.fitted
+    assert found.apply(scores.probabilities) is scores.probabilities
+
+
+def test_fit__zeros_and_ones_and_ties_stay_probabilities():
+    probabilities = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5], [0.0, 1.0]])
+    scores = Scores(np.array([0, 1, 1, 0, 1, 1]), probabilities, np.arange(6).astype(str), ("a", "b"))
+    for method in ("temperature", "platt"):
+        found = fit_calibrator(scores, method)
+        after = found.apply(probabilities)
+        assert found.fitted and np.isfinite(after).all() and (after > 0).all()
+        assert after.sum(1) == pytest.approx(1)
+    # One of three certain answers is wrong: the network was too sure.
+    assert fit_calibrator(scores, "temperature").scale < 0.5
+
+
+# judging
+
+
+def test_brier_parts__by_hand():
+    """0.2 said ten times (two true), 0.8 ten times (six true)."""
+    event = np.array([1] * 2 + [0] * 8 + [1] * 6 + [0] * 4, bool)
+    parts = brier_parts(event, np.repeat([0.2, 0.8], 10))
+    assert parts["reliability"] == pytest.approx(0.5 * 0.0 + 0.5 * 0.2**2)
+    assert parts["resolution"] == pytest.approx(0.2**2)  # bins at 0.2 and 0.6 around 0.4
+    assert parts["uncertainty"] == pytest.approx(0.4 * 0.6)
+    assert parts["within"] == pytest.approx(0)
+    assert parts["brier"] == pytest.approx((2 * 0.64 + 8 * 0.04 + 6 * 0.04 + 4 * 0.64) / 20)
+
+
+def test_brier_parts__sum_to_the_score():
+    scores = drawn(200, 1.7)
+    metrics = calibration_metrics(scores)
+    parts = metrics["reliability"] - metrics["resolution"] + metrics["uncertainty"] + metrics["within"]
+    assert metrics["brier"] == pytest.approx(parts)
+
+
+def test_calibration_error__equal_width_by_hand():
+    """Certainty 0.55 (half right) and 0.95 (all right), three times and once: |0.55 - 2/3| * 3/4 + 0.05 / 4."""
+    probabilities = np.array([[0.55, 0.45]] * 3 + [[0.95, 0.05]])
+    found = expected_calibration_error(np.array([0, 0, 1, 0]), probabilities, 10, "equal")
+    assert found == pytest.approx((2 / 3 - 0.55) * 0.75 + 0.05 * 0.25)
+
+
+def test_calibration_line__by_hand():
+    """Said 0.5, seen 0.5 and said 0.8, seen 0.6: on the logit scale 0 -> 0 and log 4 -> log 1.5."""
+    event = np.array([1] * 5 + [0] * 5 + [1] * 6 + [0] * 4, bool)
+    slope, _ = calibration_line(event, np.repeat([0.5, 0.8], 10))
+    assert slope[0] == pytest.approx(np.log(1.5) / np.log(4))
+    _, intercept = calibration_line(event[10:], np.full(10, 0.8))
+    assert intercept[0] == pytest.approx(np.log(1.5) - np.log(4))
+
+
+def test_calibration_line__weights_are_repeats():
+    scores = drawn(60, 2.0, 2)
+    event, probability = scores.labels == 1, scores.probabilities[:, 1]
+    times = np.random.default_rng(1).integers(0, 4, 60)
+    weighted = calibration_line(event, probability, np.stack([times, np.ones(60)]))
+    repeated = calibration_line(np.repeat(event, times), np.repeat(probability, times))
+    assert [values[0] for values in weighted] == pytest.approx([values[0] for values in repeated])
+    assert weighted[0][1] == pytest.approx(calibration_line(event, probability)[0][0])
+
+
+def test_calibration_line__undefined_where_there_is_none():
+    probability = np.array([0.1, 0.2, 0.8, 0.9])
+    separable = calibration_line(np.array([0, 0, 1, 1], bool), probability)
+    assert np.isnan(separable[0][0]) and separable[1][0] == pytest.approx(0)
+    assert np.isnan(calibration_line(np.zeros(4, bool), probability)).all()
+    assert np.isnan(calibration_line(np.array([0, 1, 0, 1], bool), np.full(4, 0.3))[0]).all()
+
+
+def test_chance_error__is_what_calibrated_predictions_show():
+    found = [expected_calibration_error(one.labels, one.probabilities) for one in (drawn(80, 1.0, seed=seed) for seed in range(60))]
+    assert chance_error(drawn(80, 1.0).probabilities) == pytest.approx(np.mean(found), abs=0.015)
+
+
+def test_reliability_points__by_hand():
+    probabilities = np.array([[0.6, 0.4]] * 4 + [[0.1, 0.9]] * 4)
+    scores = Scores(np.array([0, 0, 0, 1, 1, 1, 1, 1]), probabilities, np.array(list("ppqqrrss")), ("a", "b"))
+    group = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    low, high = reliability_points(scores, group, draw_patients(4, 500, 0), 0.95)
+    assert (low["probability"], low["frequency"], low["count"], low["patients"]) == (pytest.approx(0.6), 0.75, 4, 2)
+    assert (low["low"], low["high"]) == (0.5, 1.0)  # only q, only p
+    assert high["frequency"] == 1 and high["low"] is None  # all alike: resampling says nothing
+    event = reliability_points(scores, group, draw_patients(4, 500, 0), 0.95, event=0)
+    assert [row["probability"] for row in event] == pytest.approx([0.1, 0.6])
+    assert [row["frequency"] for row in event] == [0, 0.75]
+
+
+# thresholds and net benefit
+
+
+def test_threshold__rules_by_hand():
+    event = np.array([0, 0, 1, 0, 1, 1], bool)
+    probability = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.9])
+    # 0.25: sensitivity 1, specificity 2/3; 0.65: 2/3 and 1. The one nearer to 0.5 is taken.
+    assert choose_threshold(event, probability, "youden") == pytest.approx(0.65)
+    assert choose_threshold(event, probability, "sensitivity", 0.9) == pytest.approx(0.25)
+    assert choose_threshold(event, probability, "sensitivity", 0.6) == pytest.approx(0.65)
+    assert choose_threshold(event, probability, "specificity", 0.9) == pytest.approx(0.65)
+    assert choose_threshold(event, probability, "specificity", 0.3) == pytest.approx(0.15)
+
+
+def test_threshold__ties_ends_and_one_outcome():
+    assert choose_threshold(np.array([1, 1], bool), np.array([0.2, 0.4]), "youden") is None
+    tied = choose_threshold(np.array([1, 0, 1, 0], bool), np.full(4, 0.3), "sensitivity", 0.9)
+    assert tied <= 0.3  # equal values are called together
+    with_one = choose_threshold(np.array([0, 1], bool), np.array([1.0, 1.0]), "specificity", 0.9)
+    assert with_one == 1.0  # nothing lies above 1: the strictest there is
+
+
+def test_net_benefit__by_hand():
+    """Vickers & Elkin: TP/n - FP/n * t/(1-t)."""
+    event = np.array([1, 1, 0, 0, 0], bool)
+    probability = np.array([0.9, 0.4, 0.6, 0.2, 0.1])
+    group = np.arange(5)
+    curve = net_benefit(event, probability, group, draw_patients(5, 200, 0), 0.95, np.array([0.2, 0.5, 0.95]))
+    assert curve["net_benefit"] == pytest.approx([2 / 5 - 2 / 5 * 0.25, 1 / 5 - 1 / 5, 0])
+    assert curve["treat_all"] == pytest.approx([0.4 - 0.6 * 0.25, 0.4 - 0.6, 0.4 - 0.6 * 19])
+    assert (curve["low"] <= curve["net_benefit"]).all() and (curve["net_benefit"] <= curve["high"]).all()
+
+
+def test_net_benefit__band_draws_patients_not_videos():
+    event = np.tile([True, False], 10)
+    probability = np.where(event, 0.9, 0.1)
+    alone = net_benefit(event, probability, np.arange(20), draw_patients(20, 500, 0), 0.95)
+    event = np.repeat([True, False], 10)
+    joined = net_benefit(event, np.where(event, 0.9, 0.1), np.repeat(np.arange(4), 5), draw_patients(4, 500, 0), 0.95)
+    assert (joined["high"] - joined["low"])[49] > (alone["high"] - alone["low"])[49]
+
+
+# in an evaluation
+
+
+def run(tmp_path, name="run", **settings):
+    evaluation = settings.pop("evaluate", {})
+    fake = FakeExperiment(tmp_path / name, patients=settings.pop("patients", 30), params={"evaluate": evaluation}, **settings)
+    return fake, evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
+
+
+def change(fake, edit):
+    for folder in fake.folders:
+        fake.edit_table(folder.name, edit)
+
+
+def test_part__test_rows_never_enter_a_fit(tmp_path):
+    """All test labels and all test probabilities change; every fitted number stays the same to the bit."""
+    fake, before = run(tmp_path)
+
+    def other(table):
+        test = table["part"] == "test"
+        flipped = table.loc[test, ["p_b", "p_a"]].to_numpy()
+        table.loc[test, ["p_a", "p_b"]] = 0.5 * flipped + 0.25
+        return table
+
+    change(fake, other)
+    after = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out2")
+    for init in ("pretrained", "random"):
+        assert before["calibration"][init]["items"] == after["calibration"][init]["items"]
+        assert before["calibration"][init]["items_calibrated"] == 3
+        assert before["calibration"][init]["before"]["ece"] != after["calibration"][init]["before"]["ece"]
+
+
+def test_part__test_labels_never_enter_a_fit(tmp_path):
+    """Every test label is another one; labels of a split agree with its rows, so the part itself is asked."""
+    from dataclasses import replace
+
+    from pipeline.evaluation.calibration_results import judge
+    from pipeline.evaluation.metrics import aggregate
+    from pipeline.evaluation.parts import Context
+    from pipeline.evaluation.predictions import read_items, test_rows
+
+    fake = FakeExperiment(tmp_path, patients=30)
+    items = read_items(fake.folders)
+    rows = test_rows(items, fake.splits)
+    context = Context(
+        fake.config, fake.splits, items, {"video": aggregate(rows, fake.classes, "video")}, {}, None, tmp_path, ["pretrained"], {}
+    )
+    first = judge(context, "pretrained", fake.classes)
+    flipped = [
+        replace(item, table=item.table.assign(label=item.table["label"].where(item.table["part"] != "test", item.table["label"].map({"a": "b", "b": "a"}))))
+        for item in items
+    ]
+    rows = test_rows(flipped, fake.splits)
+    second = judge(replace(context, items=flipped, tables={"video": aggregate(rows, fake.classes, "video")}), "pretrained", fake.classes)
+    assert first.numbers["items"] == second.numbers["items"]
+    assert first.numbers["before"]["log_loss"] != second.numbers["before"]["log_loss"]
+    name = fake.classes[0]
+    assert first.numbers["thresholds"][name]["thresholds"] == second.numbers["thresholds"][name]["thresholds"]
+    assert first.numbers["thresholds"][name]["sensitivity"] == pytest.approx(1 - second.numbers["thresholds"][name]["specificity"])
+
+
+def test_part__validation_rows_do(tmp_path):
+    fake, before = run(tmp_path)
+
+    def surer(table):
+        held = table["part"] == "validation"
+        values = table.loc[held, ["p_a", "p_b"]].to_numpy() ** 3
+        table.loc[held, ["p_a", "p_b"]] = values / values.sum(1, keepdims=True)
+        return table
+
+    change(fake, surer)
+    after = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out2")
+    for old, new in zip(before["calibration"]["random"]["items"], after["calibration"]["random"]["items"], strict=True):
+        assert new["temperature"] > old["temperature"]
+    for level in ("frame", "video", "patient"):
+        assert before["random"][level] == after["random"][level]
+
+
+def test_part__the_main_numbers_are_those_without_calibration(tmp_path):
+    _, none = run(tmp_path, "none", evaluate={"calibration": "none"})
+    _, scaled = run(tmp_path, "scaled")
+    assert none["pretrained"] == scaled["pretrained"] and none["balanced_accuracy"] == scaled["balanced_accuracy"]
+    found = scaled["calibration"]["pretrained"]
+    assert found["answers_changed"] == 0
+    assert found["before"]["ece"] == scaled["pretrained"]["video"]["ece"]
+    assert found["difference"]["log_loss"] == pytest.approx(found["after"]["log_loss"] - found["before"]["log_loss"])
+    assert none["calibration"]["pretrained"]["after"] is None
+
+
+def test_part__files_and_words(tmp_path):
+    fake, metrics = run(tmp_path, seeds=[0, 1])
+    out = fake.root / "out"
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+    assert "Can the probabilities be trusted?" in page and 'href="#calibration"' in page
+    assert metrics["calibration"]["caution"] in page
+    assert "Calibrated on inner validation patients" in page and "Probabilities are not calibrated" not in page
+    points = pd.read_csv(out / "calibration.csv")
+    assert points["count"].sum() == 2 * 60  # videos of both seeds
+    curve = pd.read_csv(out / "decision_curve.csv")
+    assert len(curve) == 99 and (curve["low"] <= curve["network"] + 1e-12).all()
+    both = pd.read_csv(out / "calibration_all.csv")
+    assert set(both["state"]) == {"as predicted", "calibrated"} and set(both["class"]) == {"(answer)", "a", "b"}
+    text = (out / "details.json").read_text()
+    assert "NaN" not in text and json.loads(text)["calibration"]["method"] == "temperature"
+    compact = json.loads((out / "metrics.json").read_text())["calibration"]["pretrained"]
+    assert set(compact) == {"ece", "ece_calibrated"}
+    assert metrics["headline_parts"]["calibration.pretrained.ece_calibrated"] == compact["ece_calibrated"]
+
+
+def test_part__one_positive_class_and_a_rule(tmp_path):
+    settings = {"positive_class": "b", "threshold": {"rule": "sensitivity", "target": 0.95}, "calibration": "platt"}
+    fake, metrics = run(tmp_path, evaluate=settings)
+    found = metrics["calibration"]["pretrained"]["thresholds"]
+    assert list(found) == ["b"] and metrics["calibration"]["rule"] == "sensitivity of at least 0.95"
+    video = metrics["pretrained"]["video"]
+    assert 0 <= found["b"]["specificity"] <= 1 and video["per_class"]["b"]["support"] == 30
+    with pytest.raises(DataError, match=r"evaluate.positive_class: got 'malignant'; allowed: null, a, b"):
+        run(tmp_path, "bad", evaluate={"positive_class": "malignant"})
+
+
+def test_part__rates_by_hand(tmp_path):
+    """Every model says 0.7 for b of both classes but 0.2 for the a of one patient: threshold 0.45 everywhere."""
+    fake = FakeExperiment(tmp_path, patients=12)
+    odd = "P0000000000"  # class a
+
+    def fixed(table):
+        value = np.where(table["label"] == "b", 0.8, np.where(table["patient"] == odd, 0.9, 0.3))
+        # The odd patient is an error where tested; where it validates it must not move the threshold's side.
+        value = np.where((table["part"] == "validation") & (table["patient"] == odd), 0.3, value)
+        table["p_b"], table["p_a"] = value, 1 - value
+        return table
+
+    change(fake, fixed)
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
+    found = metrics["calibration"]["pretrained"]["thresholds"]["b"]
+    assert found["thresholds"] == pytest.approx([0.55] * 3)
+    assert (found["sensitivity"], found["specificity"]) == (1, pytest.approx(10 / 12))
+    assert (found["ppv"], found["npv"]) == (pytest.approx(12 / 14), 1)
+    assert found["sensitivity_low"] is None  # all patients gave the same result
+    assert found["specificity_low"] < 10 / 12 < found["specificity_high"]
+
+
+def test_part__without_validation_rows(tmp_path):
+    fake = FakeExperiment(tmp_path, patients=30)
+    change(fake, lambda table: table[table["part"] == "test"])
+    for folder in fake.folders:
+        fake.edit_card(folder.name, selection="last", validation_groups=[])
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
+    found = metrics["calibration"]["pretrained"]
+    assert found["items_calibrated"] == 0 and found["after"] is None
+    assert all("no inner validation patients (finetune.selection: last)" in item["reason"] for item in found["items"])
+    assert found["thresholds"]["a"]["sensitivity"] is None and "no threshold for pretrained-seed0-fold0" in found["thresholds"]["a"]["reason"]
+    page = html.unescape((fake.root / "out/report.html").read_text(encoding="utf-8"))
+    assert "Probabilities are not calibrated (no inner validation patients" in page
+
+
+def test_part__best_on_test_is_not_calibrated_whatever_its_rows_say(tmp_path):
+    fake = FakeExperiment(tmp_path, patients=30)
+    for folder in fake.folders:
+        fake.edit_card(folder.name, selection="best_on_test")
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
+    for item in metrics["calibration"]["pretrained"]["items"]:
+        assert "chosen on test patients" in item["reason"] and item["thresholds"] == {"a": None, "b": None}
+
+
+def test_part__a_class_that_one_validation_part_lacks(tmp_path):
+    """No threshold in one fold: no rates over part of the folds, the reason names the model."""
+    fake = FakeExperiment(tmp_path, patients=30)
+    fake.edit_table("pretrained-seed0-fold1", lambda table: table[(table["part"] == "test") | (table["label"] == "a")])
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
+    found = metrics["calibration"]["pretrained"]
+    assert found["items_calibrated"] == 2 and "only 1 of 2 classes" in found["items"][1]["reason"]
+    assert found["thresholds"]["b"]["thresholds"][1] is None and found["thresholds"]["b"]["specificity"] is None
+    assert "pretrained-seed0-fold1" in found["thresholds"]["b"]["reason"]
+    assert metrics["calibration"]["random"]["thresholds"]["b"]["specificity"] is not None
+
+
+def test_part__probabilities_of_exactly_zero_and_one(tmp_path):
+    fake = FakeExperiment(tmp_path, patients=30)
+
+    def hard(table):
+        first = (table["p_a"] > 0.5).astype(float)
+        table["p_a"], table["p_b"] = first, 1 - first
+        return table
+
+    change(fake, hard)
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
+    found = metrics["calibration"]["random"]
+    assert found["after"]["log_loss"] < found["before"]["log_loss"]
+    assert "NaN" not in (fake.root / "out/details.json").read_text()
