@@ -236,6 +236,53 @@ def test_find__by_magic_word_whatever_the_name_and_no_table_of_contents(tmp_path
     ]
 
 
+BARE = ("implicit", "explicit", "big_endian")
+
+
+@pytest.mark.parametrize("meta", [True, False], ids=["meta", "bare"])
+@pytest.mark.parametrize("name", SYNTAXES)
+def test_find__without_preamble_and_extension(name: str, meta: bool, tmp_path: Path) -> None:
+    """By the first elements; read like the whole file. Without transfer syntax only what is not compressed."""
+    raw = sample.write(tmp_path / "whole/a.dcm", sample.cine(), SYNTAXES[name]).read_bytes()
+    start = 132 if meta else 144 + pydicom.filereader.read_file_meta_info(tmp_path / "whole/a.dcm").FileMetaInformationGroupLength
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/IM.0001").write_bytes(raw[start:])
+    if not meta and name == "deflated":
+        assert find_media(tmp_path / "cut").media == [], "nothing tells it from any packed bytes"
+        return
+    (media,) = find_media(tmp_path / "cut").media
+    assert media.kind == "video"
+    if not meta and name not in BARE:
+        with pytest.raises(DataError, match="IM.0001: the header does not say how the pixels are compressed"):
+            read(media.location)
+        return
+    assert read(media.location)[1] == read(tmp_path / "whole/a.dcm")[1]
+
+
+def test_find__foreign_files_are_no_dicom(tmp_path: Path) -> None:
+    """Chance beginnings of other formats, random ones that start like the group included: at most one in thousands."""
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        head = b"\x08\x00" if number % 2 else b""
+        (tmp_path / f"{number}.bin").write_bytes(head + rng.bytes(200))
+    for number, text in enumerate((b"", b"\x08\x00", b"\x02\x00\x00\x00", b"\x08\x00\x05\x00CS", b"\x00\x08" * 99, b"\x08\x00\x00\x00" * 60, b"PK\x03\x04")):
+        (tmp_path / f"text{number}").write_bytes(text)
+    survey = find_media(tmp_path)
+    assert survey.media == [] and "300 .bin" in survey.notes[0]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "tif"])
+def test_still__named_dcm_is_read_by_its_content(ending: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(sample.cine(1)[0]).save(tmp_path / f"a.{ending}")
+    (tmp_path / f"a.{ending}").rename(tmp_path / "a.dcm")
+    (media,) = find_media(tmp_path).media
+    assert media.kind == "image"
+    reader, jpegs = read(media.location)
+    assert len(jpegs) == 1 and reader.facts.warnings == ["named like DICOM, but a still image inside: read as that"]
+
+
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str = "k") -> Manifest:
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(folder)

@@ -26,9 +26,19 @@ from pipeline.data.limits import tick
 from pipeline.errors import DataError
 from pipeline.files import is_full
 
-__all__ = ["DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames", "stream_header", "stream_of"]
+__all__ = [
+    "EXTENSIONS", "STILL_MAGIC", "DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames",
+    "stream_header", "stream_of",
+]
 
 EXTENSIONS = frozenset({".dcm", ".dicom", ".ima"})
+STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
+"""How JPEG, PNG, BMP and TIFF files begin, whatever they are called."""
+_VRS = frozenset(
+    b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
+)
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+"""Types whose length takes four bytes, after two that are empty."""
 INSTALL = 'pip install "sonoscope[dicom]"'
 DEFLATED = "1.2.840.10008.1.2.1.99"
 _VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")
@@ -77,13 +87,36 @@ class Identity:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its magic word, or by extension where the 128-byte preamble was left out."""
+    """Whether a file is DICOM: by its magic word, by its first elements where the preamble was left out, or else by its extension.
+
+    At most 132 bytes are read. A JPEG, PNG, BMP or TIFF is none, whatever its name.
+    """
     try:
         with open(path, "rb") as handle:
             head = handle.read(132)
     except OSError:
         return False
-    return head[128:] == b"DICM" or path.suffix.lower() in EXTENSIONS
+    if head[128:] == b"DICM" or _begins_with_elements(head):
+        return True
+    return path.suffix.lower() in EXTENSIONS and not head.startswith(STILL_MAGIC)
+
+
+def _begins_with_elements(head: bytes) -> bool:
+    """Whether the first two elements belong to group 0002 or 0008, in ascending order: explicit (both byte orders) or implicit types."""
+    if head[:4] not in (b"\x02\x00\x00\x00", b"\x02\x00\x01\x00") and head[:2] != b"\x08\x00" and head[:2] != b"\x00\x08":
+        return False
+    order: Literal["little", "big"] = "big" if head[0] == 0 else "little"
+    explicit, place, before = head[4:6] in _VRS, 0, -1
+    for _ in range(2):
+        group, element = (int.from_bytes(head[place + start : place + start + 2], order) for start in (0, 2))
+        if group != head[order == "big"] or element <= before or (explicit and head[place + 4 : place + 6] not in _VRS):
+            return False
+        long = explicit and head[place + 4 : place + 6] in _LONG_VRS
+        size = head[place + 8 : place + 12] if long else head[place + 6 : place + 8] if explicit else head[place + 4 : place + 8]
+        place, before = place + (12 if long else 8) + int.from_bytes(size, order), element
+        if place > len(head):
+            return explicit and long  # a long value, or a sequence, in a well-formed first element
+    return True
 
 
 def _pydicom(name: str) -> Any:
@@ -114,31 +147,42 @@ def _named(path: str, what: str) -> Iterator[None]:
         raise DataError(f"{path}: {what} ({type(error).__name__})") from None
 
 
+def _has_magic(path: Path) -> bool:
+    with open(path, "rb") as handle:
+        return handle.read(132)[128:] == b"DICM"
+
+
 def _header(path: Path, tags: list[str]) -> Any:
     """The named elements, without pixel data. Large values stay on disk until asked for."""
     pydicom = _pydicom("pydicom")
     _refuse_bomb(path, pydicom)
-    with open(path, "rb") as handle:
-        magic = handle.read(132)[128:] == b"DICM"
+    magic = _has_magic(path)
     dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=not magic)
     if not magic and "Rows" not in dataset and "StudyInstanceUID" not in dataset:
         raise DataError("not a DICOM file, whatever its name says")
+    if not magic and "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        uids = pydicom.uid
+        plain = uids.ImplicitVRLittleEndian if implicit else uids.ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = plain if little else uids.ExplicitVRBigEndian
     return dataset
 
 
-def _is_deflated(path: Path, pydicom: Any) -> bool:
-    if not is_dicom(path) or path.stat().st_size <= 132:
-        return False
-    return pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") == DEFLATED
+def _deflated_from(path: Path, pydicom: Any) -> int | None:
+    """Where the packed part of a file begins that is deflated as a whole; None for others."""
+    with open(path, "rb") as handle:
+        handle.seek(132 if _has_magic(path) else 0)
+        meta = pydicom.filereader.read_dataset(handle, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+        return handle.tell() if meta.get("TransferSyntaxUID") == DEFLATED else None
 
 
 def _refuse_bomb(path: Path, pydicom: Any) -> None:
     """A deflated file is unpacked as a whole by pydicom: refuse one that unpacks to more than `MAX_INFLATED`."""
-    if not _is_deflated(path, pydicom):
+    start = _deflated_from(path, pydicom)
+    if start is None:
         return
-    meta = pydicom.filereader.read_file_meta_info(path)
     with open(path, "rb") as handle:
-        handle.seek(144 + int(meta.get("FileMetaInformationGroupLength", 0)))
+        handle.seek(start)
         inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
         while not inflater.eof and (chunk := handle.read(1 << 16)):
             # What follows the end of the stream is never consumed, so its end is asked for each time.
@@ -167,7 +211,7 @@ def stored_frames(path: Path) -> int:
     """
     try:
         with _named("", "unreadable"):
-            if _is_deflated(path, _pydicom("pydicom")):
+            if _deflated_from(path, _pydicom("pydicom")) is not None:
                 return 2
             return max(1, int(_header(path, ["NumberOfFrames", "Rows"]).get("NumberOfFrames", 1) or 1))
     except DataError:
@@ -277,12 +321,12 @@ class DicomFrames:
         if _JPEG.fullmatch(uid):
             self._check_codestreams()
         present = None if uid.is_encapsulated or uid == DEFLATED else self._native_frames()
-        # A file that is deflated as a whole has to be unpacked first, and one whose header lies has to be corrected; of all
-        # others one frame at a time is read.
+        # A file that is deflated as a whole has to be unpacked first, and one whose header lies or lacks the transfer syntax has
+        # to be completed; of all others one frame at a time is read.
         source = self._path
-        if uid == DEFLATED or present not in (None, self.claimed):
-            source = _pydicom("pydicom").dcmread(self._path)
-            source.NumberOfFrames = present or self.claimed
+        if uid == DEFLATED or present not in (None, self.claimed) or not _has_magic(self._path):
+            source = _pydicom("pydicom").dcmread(self._path, force=True)
+            source.NumberOfFrames, source.file_meta.TransferSyntaxUID = present or self.claimed, uid
         for frame in pixels.iter_pixels(source):
             yield self._to_bytes(frame, pixels)
 
@@ -296,6 +340,8 @@ class DicomFrames:
             head = handle.read(12)
             rest = self._path.stat().st_size - handle.tell()
         order: Literal["little", "big"] = "little" if syntax.is_little_endian else "big"
+        if not syntax.is_implicit_VR and head[8:12] == b"\xff\xff\xff\xff":
+            raise DataError("the header does not say how the pixels are compressed (no transfer syntax)")
         length = min(int.from_bytes(head[4:8] if syntax.is_implicit_VR else head[8:12], order), rest + 4 * syntax.is_implicit_VR)
         halved = str(dataset.get("PhotometricInterpretation") or "") == "YBR_FULL_422"
         samples = 2 if halved else int(dataset.get("SamplesPerPixel") or 1)
@@ -427,7 +473,7 @@ def _fragments(path: Path, shown: str) -> Iterator[bytes] | None:
         uid = dataset.file_meta.get("TransferSyntaxUID") if hasattr(dataset, "file_meta") else None
         if uid is None or not _VIDEO.fullmatch(uid):
             return None
-        whole = _pydicom("pydicom").dcmread(path, specific_tags=["PixelData"])
+        whole = _pydicom("pydicom").dcmread(path, specific_tags=["PixelData"], force=True)
         fragments = _pydicom("pydicom.encaps").generate_fragments(whole.PixelData)
         next(fragments)  # the basic offset table
         return fragments

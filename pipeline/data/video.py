@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.data.dicom import DicomFrames, is_dicom, stored_frames, stream_header, stream_of
+from pipeline.data.dicom import EXTENSIONS, STILL_MAGIC, DicomFrames, is_dicom, stored_frames, stream_header, stream_of
 from pipeline.data.integrity import is_whole, overruns
 from pipeline.data.limits import tick
 from pipeline.data.masking import Decision, Masker
@@ -48,10 +48,10 @@ VIDEO_EXTENSIONS = frozenset(
     ".mp4 .m4v .mov .avi .mpeg .mpg .mpe .gif .mkv .webm .wmv .asf .flv .ogv .3gp .mts .m2ts .ts .vob .dv .mxf .mjpeg"
     " .mjpg .h264 .264 .h265 .hevc .nut".split()
 )
+_KNOWN = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | EXTENSIONS
 ASSUMED_FPS = 25.0
 """Used only where sampling by time is asked for and neither container nor table states a usable rate."""
 
-_STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
 _NUMBERED = re.compile(r"\d+", re.ASCII)
 
 
@@ -90,7 +90,7 @@ def sniff(path: Path) -> str:
         return "video"
     if is_dicom(path):
         return "image" if stored_frames(path) == 1 else "video"
-    return "image" if head.startswith(_STILL_MAGIC) else "video"
+    return "image" if head.startswith(STILL_MAGIC) else "video"
 
 
 def _frame_number(folder: Path, path: Path) -> str:
@@ -149,7 +149,7 @@ def find_media(root: Path, named: Collection[str] = ()) -> Survey:
             relative, extension = _printable(path.relative_to(root)), path.suffix.lower()
             if name == "DICOMDIR":
                 continue  # the table of contents of a DICOM medium; its files are found by themselves
-            if relative in named or extension in IMAGE_EXTENSIONS or extension in VIDEO_EXTENSIONS or is_dicom(path):
+            if relative in named or extension in _KNOWN or is_dicom(path):
                 survey.media.append(Media(relative, sniff(path), path))
             elif extension != ".csv":
                 skipped[extension or "no extension"] += 1
@@ -305,10 +305,7 @@ def _note(warnings: list[str], text: str) -> None:
 
 def _check_pixels(path: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise DataError(
-            f"{path}: {width} x {height} pixels are more than extract.max_pixels ({max_pixels}); raise it if this is "
-            f"right"
-        )
+        raise DataError(f"{path}: {width} x {height} pixels are more than extract.max_pixels ({max_pixels}); raise it if this is right")
 
 
 @dataclass
@@ -365,6 +362,8 @@ class MediaReader:
         else:
             frames = _Stills(self.media, self.params.max_pixels, self.facts.warnings)
         facts, rate = self.facts, self.params.frames_per_second
+        if isinstance(frames, _Stills) and self.media.location.suffix.lower() in EXTENSIONS:
+            facts.warnings.append("named like DICOM, but a still image inside: read as that")
         facts.frames_claimed = frames.claimed
         if self.media.kind == "image":
             return frames
