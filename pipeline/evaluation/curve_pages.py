@@ -19,6 +19,11 @@ from pipeline.tracking_context import slug
 __all__ = ["curves_part"]
 
 ROC_COLUMNS = ["init", "class", "fpr", "tpr", "tpr_low", "tpr_high"]
+HOW = (
+    "Both curves ask how well the probabilities rank the videos, whatever threshold is chosen later. Upper picture (ROC): of the videos of the class, "
+    "how many are found (sensitivity), against how many others are called by mistake; the diagonal is guessing. Lower picture: of the videos "
+    "called, how many are right (precision), against how many are found (recall); the dotted line is the share of the class, which guessing reaches."
+)
 PR_COLUMNS = ["init", "class", "recall", "precision", "precision_low", "precision_high"]
 
 
@@ -89,23 +94,19 @@ def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers
         spoken = "; ".join(f"{init}: AUROC {both[0]}, average precision {both[1]}" for init, both in areas.items())
         pictures.append(Picture(path, f"ROC curve and precision-recall curve of {name} against the rest. {spoken}.", ""))
     rows = [
-        [name, f"{numbers[inits[0]][name]['videos']:g}", int(patients.get(name, 0)), number(numbers[inits[0]][name]["prevalence"]),
-         *(_words(numbers[init][name], key) for key in ("auroc", "average_precision") for init in inits)]
-        for name in context.splits.classes
+        [name if place == 0 else "", init, f"{numbers[init][name]['videos']:g}", int(patients.get(name, 0)), number(numbers[init][name]["prevalence"]),
+         *(_words(numbers[init][name], key) for key in ("auroc", "average_precision"))]
+        for name in context.splits.classes for place, init in enumerate(inits)
     ]
-    heads = [f"{word}, {init}" for word in ("AUROC", "Average precision") for init in inits]
-    columns = ["Class against the rest", "Videos", f"{unit.capitalize()}s", "Prevalence", *heads]
+    columns = ["Class", "Network", "Videos", f"{unit.capitalize()}s", "Prevalence", "AUROC", "Average precision"]
     reasons = sorted({one["reason"] for init in inits for one in numbers[init].values() if one["reason"]})
     note = (
         f"Brackets: {percent(confidence)} intervals over {unit}s. Several seeds: the value is their mean, curve and interval pool them."
         + (f" No interval: {'; '.join(reasons)}." if reasons else "")
     )
-    words = [
-        "Both curves ask how well the probabilities rank the videos, whatever threshold is chosen later. Upper picture (ROC): of the videos of the class, "
-        "how many are found (sensitivity), against how many others are called by mistake; the diagonal is guessing. Lower picture: of the videos "
-        "called, how many are right (precision), against how many are found (recall); the dotted line is the share of the class, which guessing reaches.",
+    band = (
         f"Shaded: {percent(confidence)} bands over {unit}s, at each place by itself. All folds are pooled; they are scored by different networks, which "
-        f"tends to lower the curve. With a rare class look at the lower picture: a high AUROC can go with many false alarms.",
-    ]
-    table = Table("Areas under the curves, per video", columns, rows, columns[1:], note)
-    return Section("curves", "How well are the classes ranked?", words, pictures, [table], after="classes", layout="panels")
+        f"tends to lower the curve. With a rare class look at the lower picture: a high AUROC can go with many false alarms."
+    )
+    table = Table("Each class against the rest, per video", columns, rows, columns[2:], note)
+    return Section("curves", "How well are the classes ranked?", [HOW, band], pictures, [table], after="classes", layout="panels")

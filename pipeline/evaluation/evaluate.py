@@ -18,6 +18,7 @@ from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation.calibration_pages import calibration_part
 from pipeline.evaluation.curve_pages import curves_part
+from pipeline.evaluation.explanations import explanations_part
 from pipeline.evaluation.feature_pages import feature_results
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.pages import Results, write_pages
@@ -34,6 +35,7 @@ __all__ = ["compact", "evaluate", "headline_metrics", "log_results", "stage_reco
 
 PARTS: tuple[Callable[[Context], Part | None], ...] = (
     curves_part,
+    explanations_part,
     subgroups_part,
     calibration_part,
     shortcuts_part,
