@@ -32,7 +32,7 @@ def _source_problem(key: str, path: str) -> str | None:
 def method_problems(config: Config) -> list[str]:
     """What the chosen method says against this run, as far as params.yaml tells (the videos are looked at by the stage)."""
     pretrain = config.pretrain
-    tables = {"main": "none" if pretrain.scope == "all" else config.data.labels}
+    tables = {"main": "none" if pretrain.scope == "all" or config.data.group == "frame" else config.data.labels}
     tables |= {name: source.labels for name, source in config.data.extra_sources.items()}
     labels: dict[str, int] | None = {} if all(tables.get(source) == "none" for source in pretrain.sources) else None
     return METHODS.get(pretrain.method).problems(config.method_params, Setting.of(config, labels))
@@ -58,6 +58,8 @@ def _selection_problems(config: Config) -> list[str]:
             f"finetune.pooling: attention weighs frames by their pooled features; head {min(heads)} takes several levels. Use pooling: mean, "
             f"or head: linear or mlp"
         )
+    if finetune.selection == "nested" and config.data.group == "frame":
+        lines.append("finetune.selection: nested needs patients that stay apart, but data.group is frame. Use selection: inner, or group: patient")
     told = METHODS.get(pretrain.method).label_share(config.method_params) > 0 and pretrain.scope == "fold" and "main" in pretrain.sources
     if finetune.selection == "nested" and told and "pretrained" in finetune.initialisations and config.data.labels != "none":
         lines.append(

@@ -32,6 +32,8 @@ class FakeExperiment:
     seeds: list[int] = field(default_factory=lambda: [0])
     skill: dict[str, float] = field(default_factory=lambda: {"pretrained": 2.0, "random": 0.5})
     group: str = "patient"
+    """`frame` deals the frames of every video; make them many enough for every fold."""
+    repeats: int = 1
     params: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,19 +48,30 @@ class FakeExperiment:
         self.folders = self._items()
         self.config = self._config()
 
-    def _fold_of(self, video: str) -> int:
+    def _fold_of(self, video: str, repeat: int = 0) -> int:
         # Patients of one class lie C apart; integer division deals each class evenly to the folds.
-        return (int(video[:8], 16) // len(self.classes)) % self.folds
+        place = int(video[:8], 16) // len(self.classes)
+        if repeat:
+            place = int(np.random.default_rng(repeat).permutation(-(-self.patients // len(self.classes)))[place])
+        return place % self.folds
 
     def _splits(self) -> Splits:
+        if self.group == "frame":
+            every, inner = list(self.labels), [InnerFold(list(self.labels), list(self.labels))] * 2
+            return self._described([Fold(n, every, every, inner, n // self.folds) for n in range(self.folds * self.repeats)])
         folds = []
-        for number in range(self.folds):
-            test = [video for video in self.labels if self._fold_of(video) == number]
-            train = [video for video in self.labels if self._fold_of(video) != number]
-            inner_number = (number + 1) % self.folds
-            validation = [video for video in train if self._fold_of(video) == inner_number]
+        for number in range(self.folds * self.repeats):
+            repeat, place = divmod(number, self.folds)
+            home = {video: self._fold_of(video, repeat) for video in self.labels}
+            test = [video for video in self.labels if home[video] == place]
+            train = [video for video in self.labels if home[video] != place]
+            inner_number = (place + 1) % self.folds
+            validation = [video for video in train if home[video] == inner_number]
             rest = [video for video in train if video not in validation]
-            folds.append(Fold(number, test, train, [InnerFold(rest, validation)] if rest else []))
+            folds.append(Fold(number, test, train, [InnerFold(rest, validation)] if rest else [], repeat))
+        return self._described(folds)
+
+    def _described(self, folds: list[Fold]) -> Splits:
         return Splits(
             seed=0,
             group=self.group,
@@ -89,7 +102,7 @@ class FakeExperiment:
                 truth = self.classes.index(self.labels[video])
                 shift = rng.normal(0, 1, len(self.classes))
                 shift[truth] += self.skill[init]
-                for frame in range(self.frames):
+                for frame in self.splits.frames_of(fold, part, video, self.frames):
                     logits = shift + rng.normal(0, 0.4, len(self.classes))
                     values = np.exp(logits) / np.exp(logits).sum()
                     rows.append(
@@ -118,7 +131,7 @@ class FakeExperiment:
             "validation_groups": self.splits.groups_of(validation),
             "test_groups": self.splits.groups_of(fold.test),
             "pretrain_groups": self.splits.groups_of(fold.train) if init == "pretrained" else [],
-            "pretrain_scope": "fold" if init == "pretrained" else "none",
+            "pretrain_scope": ("all" if self.group == "frame" else "fold") if init == "pretrained" else "none",
             "selection": "inner",
             "selected_epoch": 7,
             "stamp": None,
@@ -133,7 +146,7 @@ class FakeExperiment:
         text = {
             "finetune": {"initialisations": list(self.skill), "seeds": self.seeds},
             "evaluate": {"bootstrap": 200},
-            "split": {"folds": list(range(self.folds))},
+            "split": {"folds": list(range(self.folds * self.repeats)), "repeats": self.repeats},
         }
         for section, values in self.params.items():
             text.setdefault(section, {}).update(values)

@@ -115,7 +115,7 @@ def test_run_split__planted_copy_across_two_patients_ends_in_one_fold(tmp_path: 
     assert (
         (tmp_path / "reports" / "balance.csv")
         .read_text()
-        .startswith("fold,part,class,patients,videos,frames\n0,test,a,")
+        .startswith("fold,repeat,part,class,patients,videos,frames\n0,0,test,a,")
     )
     picture = (tmp_path / "reports" / "balance.png").read_bytes()
     run_split(three_folds(), tmp_path / "frames", tmp_path / "splits.json", tmp_path / "reports")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from fake_experiment import FakeExperiment
 
 from pipeline.errors import DataError, LeakageError
+from pipeline.evaluation import predictions
 from pipeline.evaluation.predictions import check_items, read_items
 
 FIRST = "pretrained-seed0-fold0"
@@ -21,6 +24,11 @@ def check(fake: FakeExperiment) -> None:
     """Read and check all items without computing anything."""
     folders = [folder for folder in fake.folders if folder.is_dir()]
     check_items(read_items(folders), fake.splits, fake.config.finetune.initialisations, fake.config.finetune.seeds)
+
+
+def rows_of(fake: FakeExperiment) -> pd.DataFrame:
+    """All test rows, as the evaluation takes them."""
+    return predictions.test_rows(read_items(fake.folders), fake.splits)
 
 
 def test_check__accepts_an_honest_experiment(fake):
@@ -131,6 +139,62 @@ def test_refused__video_twice_in_one_seed(fake):
     with pytest.raises(DataError, match=rf"pretrained-seed0-fold1: video .* was already predicted by {FIRST}"):
         items = read_items([source, target])
         check_items(items, type(fake.splits)(**{**fake.splits.__dict__, "folds": folds[:2]}), ["pretrained"], [0])
+
+
+# repeats and splits by frame
+
+
+def test_repeats__a_video_is_tested_once_in_each(tmp_path):
+    fake = FakeExperiment(tmp_path, repeats=2)
+    check(fake)
+    rows = rows_of(fake)
+    assert list(rows.columns[:5]) == ["init", "seed", "fold", "repeat", "part"]
+    assert (rows["repeat"] == rows["fold"] // 3).all() and set(rows["repeat"]) == {0, 1}
+    assert (rows.groupby(["init", "repeat", "video"])["fold"].nunique() == 1).all()
+
+
+def test_repeats__a_fold_that_tests_what_another_of_its_repeat_tests(tmp_path):
+    fake = FakeExperiment(tmp_path, repeats=2)
+    folds = fake.splits.folds
+    folds[4] = type(folds[4])(4, folds[3].test, folds[3].train, folds[3].inner, 1)
+    source, target = fake.folder("pretrained-seed0-fold3"), fake.folder("pretrained-seed0-fold4")
+    for name in ("predictions.csv", "card.json"):
+        (target / name).write_text((source / name).read_text())
+    fake.edit_card(target.name, fold=4)
+    fake.edit_table(target.name, lambda table: table.assign(fold=4))
+    chosen = [folder for folder in fake.folders if folder.name.startswith("pretrained") and not folder.name.endswith("fold5")]
+    with pytest.raises(DataError, match=r"pretrained-seed0-fold4: video .* was already predicted by pretrained-seed0-fold3; .* repeat"):
+        check_items(read_items(chosen), replace(fake.splits, folds=folds[:5]), ["pretrained"], [0])
+
+
+def test_repeats__missing_fold_of_a_later_repeat_is_named(tmp_path):
+    fake = FakeExperiment(tmp_path, repeats=2)
+    fake.folders = [folder for folder in fake.folders if folder.name != "random-seed0-fold5"]
+    with pytest.raises(DataError, match="1 of 12 items .*random-seed0-fold5"):
+        check(fake)
+
+
+def test_frames__are_predicted_where_they_were_dealt_to_and_nowhere_else(tmp_path):
+    fake = FakeExperiment(tmp_path, group="frame", frames=24)
+    check(fake)
+    rows = rows_of(fake)
+    assert len(rows) == 2 * 24 * 24 and not rows.duplicated(["init", "video", "frame"]).any()
+
+    def change(table):
+        return table.assign(part=table["part"].where(table.index != 5, "validation"))
+
+    fake.edit_table(FIRST, change)
+    with pytest.raises(LeakageError, match=rf"{FIRST}, fold 0: frame \d+ of video \w+ is predicted as validation, but the split deals it to the test"):
+        check(fake)
+    fake.edit_table(FIRST, lambda table: table.assign(part=table["part"].where(table.index != len(table) - 1, "test")).drop(index=5))
+    with pytest.raises(LeakageError, match="is predicted as test, but the split deals it to training"):
+        check(fake)
+
+
+def test_frames__only_a_split_by_frame_may_have_groups_on_both_sides(tmp_path):
+    fake = FakeExperiment(tmp_path, group="frame", frames=24)
+    with pytest.raises(LeakageError, match="test groups were seen in"):
+        check_items(read_items(fake.folders), replace(fake.splits, group="patient"), ["pretrained", "random"], [0])
 
 
 @pytest.mark.parametrize(

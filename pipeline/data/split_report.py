@@ -18,7 +18,7 @@ from pipeline.files import atomic_write, write_json
 
 __all__ = ["balance_rows", "describe_folds", "run_split", "split_metrics", "write_balance_plot"]
 
-BALANCE_COLUMNS = ("fold", "part", "class", "patients", "videos", "frames")
+BALANCE_COLUMNS = ("fold", "repeat", "part", "class", "patients", "videos", "frames")
 # Okabe & Ito: told apart by readers with any colour vision, and in grey print by their lightness.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 DARK_COLORS = (0, 7)
@@ -88,28 +88,31 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
 def balance_rows(splits: Splits, frames: Mapping[str, int]) -> list[dict[str, Any]]:
     """One row for each fold, part and class: patients (groups), videos and stored frames.
 
-    Parts are `test`, `train`, and `validation_<i>` of inner fold i. `frames` is the stored count by video id.
+    Parts are `test`, `train`, and `validation_<i>` of inner fold i. `frames` is the stored count by video id; in a split by frame
+    only the frames that were dealt to the part count.
     """
     rows = []
     for fold in splits.folds:
-        parts = {"test": fold.test, "train": fold.train}
-        parts |= {f"validation_{number}": inner.validation for number, inner in enumerate(fold.inner)}
-        for part, videos in parts.items():
+        parts = {"test": (fold.test, None), "train": (fold.train, None)}
+        parts |= {f"validation_{number}": (inner.validation, number) for number, inner in enumerate(fold.inner)}
+        for part, (videos, inner) in parts.items():
             for label in splits.classes:
                 mine = [video for video in videos if splits.labels[video] == label]
-                counts = (len(splits.groups_of(mine)), len(mine), sum(frames[video] for video in mine))
-                rows.append(dict(zip(BALANCE_COLUMNS, (fold.fold, part, label, *counts), strict=True)))
+                shown = sum(len(splits.frames_of(fold, part.partition("_")[0], video, frames[video], inner)) for video in mine)
+                counts = (len(splits.groups_of(mine)), len(mine), shown)
+                rows.append(dict(zip(BALANCE_COLUMNS, (fold.fold, fold.repeat, part, label, *counts), strict=True)))
     return rows
 
 
 def split_metrics(splits: Splits, rows: Sequence[Mapping[str, Any]], near_duplicates: int) -> dict[str, Any]:
-    """Content of metrics.json: totals, and the test part of every fold by class. Every labelled video is tested once,
-    so the test parts add up to the totals."""
+    """Content of metrics.json: totals, and the test part of every fold by class. Every labelled video is tested once a repeat,
+    so the test parts of the first repeat add up to the totals."""
     test = [row for row in rows if row["part"] == "test"]
     folds = {}
     for fold in splits.folds:
         mine = [row for row in test if row["fold"] == fold.fold]
         folds[str(fold.fold)] = {
+            "repeat": fold.repeat,
             "patients": len(splits.groups_of(fold.test)),
             "videos": len(fold.test),
             "frames": sum(row["frames"] for row in mine),
@@ -117,12 +120,13 @@ def split_metrics(splits: Splits, rows: Sequence[Mapping[str, Any]], near_duplic
             "classes": {row["class"]: {key: row[key] for key in ("patients", "videos", "frames")} for row in mine},
         }
     return {
-        "folds": len(splits.folds),
+        "folds": splits.folds_per_repeat,
+        "repeats": splits.repeats,
         "classes": len(splits.classes),
         "excluded_classes": len(splits.excluded_classes),
         "patients": len(splits.groups_of(splits.labels)),
         "videos": len(splits.labels),
-        "frames": sum(row["frames"] for row in test),
+        "frames": sum(row["frames"] for row in test if row["repeat"] == 0),
         "unlabelled_videos": len(splits.unlabelled),
         "unlabelled_blocked": len(splits.unlabelled_blocked),
         "near_duplicate_pairs": near_duplicates,
@@ -135,16 +139,17 @@ def describe_folds(splits: Splits, metrics: Mapping[str, Any]) -> str:
     """What the folds mean, in a few lines for the console."""
     if not splits.folds:
         return f"{metrics['unlabelled_videos']} unlabelled videos, no folds: `dvc repro pretrain@0` pretrains on all of them"
-    unit = "patients" if splits.group == "patient" else "videos (data.group: video)"
+    unit = "patients" if splits.group == "patient" else f"groups (data.group: {splits.group})"
     lines = [
         f"{metrics['videos']} labelled videos of {metrics['patients']} {unit}, classes {', '.join(splits.classes)}; "
-        f"{metrics['unlabelled_videos']} unlabelled",
+        f"{metrics['unlabelled_videos']} unlabelled; {splits.words}" + (f" – {splits.stamp}" if splits.stamp else ""),
         "model k is trained without the test part of fold k and judged on it; inner folds choose its epoch:",
     ]
     for number, fold in metrics["test"].items():
+        where = f" (repeat {fold['repeat']})" if splits.repeats > 1 else ""
         counts = ", ".join(f"{name} {count['patients']}/{count['videos']}" for name, count in fold["classes"].items())
         lines.append(
-            f"  fold {number}: test {fold['patients']} groups, {fold['videos']} videos, {fold['frames']} frames "
+            f"  fold {number}{where}: test {fold['patients']} groups, {fold['videos']} videos, {fold['frames']} frames "
             f"(groups/videos: {counts}); {fold['inner_folds']} inner folds"
         )
     return "\n".join(lines)
@@ -161,7 +166,9 @@ def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: S
 
     test = [row for row in rows if row["part"] == "test"]
     folds = sorted({row["fold"] for row in test})
-    figure = Figure(figsize=(3.0 + 0.55 * max(len(folds), 4) * 3, 3.9), layout="constrained", dpi=120)
+    repeat = {row["fold"]: row["repeat"] for row in test}
+    starts = [fold for fold in folds[1:] if repeat[fold] != repeat[fold - 1]]
+    figure = Figure(figsize=(min(3.0 + 0.55 * max(len(folds), 4) * 3, 20.0), 3.9), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     titles = {
@@ -189,7 +196,9 @@ def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: S
             axes.bar_label(bars, shown, label_type="center", fontsize=7, color="white" if dark else "black")
             floor = [low + height for low, height in zip(floor, heights, strict=True)]
         even = axes.axhline(sum(floor) / len(folds), color="0.35", linestyle="--", linewidth=1)
-        axes.set(xlabel="fold", xticks=folds)
+        for start in starts:
+            axes.axvline(start - 0.5, color="0.6", linewidth=0.8)
+        axes.set(xlabel="fold (a line between repeats)" if starts else "fold", xticks=folds)
         axes.set_title(title, fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.spines[["top", "right"]].set_visible(False)

@@ -206,6 +206,12 @@ class Splits:
                 inner = f"inner fold {number} of {name}"
                 self._apart(f"validation of {inner}", part.validation, f"training of {inner}", part.train)
                 self._apart(f"test of {name}", fold.test, inner, [*part.train, *part.validation])
+        for fold in self.folds:
+            for number, part in enumerate(fold.inner):
+                if not part.validation or not part.train or not {*part.train, *part.validation} <= set(fold.train):
+                    raise DataError(
+                        f"split: inner fold {number} of fold {fold.fold} has an empty part, or videos that are not in the training part"
+                    )
 
     def _check_videos(self, fold: Fold) -> None:
         """Parts that are not empty, of known videos, each listed once."""
@@ -217,12 +223,6 @@ class Splits:
                 raise DataError(f"split: fold {fold.fold}: video {video} has no group, or no label among the classes")
         if len(set(fold.test)) < len(fold.test) or len(set(fold.train)) < len(fold.train):
             raise DataError(f"split: fold {fold.fold} lists a video twice")
-        for number, part in enumerate(fold.inner):
-            both = {*part.train, *part.validation}
-            if not part.validation or not part.train or not both <= set(fold.train):
-                raise DataError(
-                    f"split: inner fold {number} of fold {fold.fold} has an empty part, or videos that are not in the training part"
-                )
 
     def _check_tested_once(self) -> None:
         """Every labelled video in exactly one test part of each repeat; a single fold is a fixed division and may leave some out."""

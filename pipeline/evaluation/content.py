@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.data.splits import Splits
+from pipeline.data.splits import Fold, Splits
 from pipeline.data.store import FrameStore
 from pipeline.evaluation.predictions import probability_columns
 from pipeline.evaluation.report import METRIC_NAMES, Table, number, p_words, signed
@@ -66,10 +66,11 @@ TECHNICAL = (
 
 
 def judged_videos(videos: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """Rows of one initialisation, probabilities averaged over seeds: columns fold, video, patient, label, p_<class>,
-    predicted, certainty (of the predicted class) and correct."""
+    """One row a video of one initialisation, probabilities averaged over seeds and repeats (and, in a split by frame, over the
+    folds that each test some of its frames): columns video, patient, label, fold (of the first repeat), p_<class>, predicted,
+    certainty (of the predicted class) and correct."""
     columns = probability_columns(classes)
-    joined = videos.groupby(["fold", "video", "patient", "label"], as_index=False)[columns].mean()
+    joined = videos.groupby(["video", "patient", "label"], as_index=False).agg({"fold": "min", **dict.fromkeys(columns, "mean")})
     values = joined[columns].to_numpy()
     joined["predicted"] = [classes[index] for index in values.argmax(axis=1)]
     joined["certainty"] = values.max(axis=1)
@@ -230,17 +231,18 @@ def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits
     rows: list[list[Any]] = []
     for fold in splits.folds:
         groups = {splits.groups[video] for video in fold.test}
-        row: list[Any] = [f"fold {fold.fold}", len(groups), len(fold.test)]
+        row: list[Any] = [_fold_name(splits, fold), len(groups), len(fold.test)]
         for init in inits:
             values = metrics[init]["folds"][str(fold.fold)]
             row.append(_with_interval(values, "balanced_accuracy"))
         rows.append(row)
     means = [metrics[init]["fold_mean"] for init in inits]
     spread = [f"{number(one['balanced_accuracy'])} ± {number(one['balanced_accuracy_sd'])}" for one in means]
-    rows.append(["mean ± SD of folds", "", "", *spread])
-    if metrics["seeds"] > 1:
-        seeds = [number(metrics[init]["video"]["balanced_accuracy_seed_sd"]) for init in inits]
-        rows.append(["SD over seeds, pooled", "", "", *seeds])
+    rows.append([f"mean ± SD of {'all ' if splits.repeats > 1 else ''}folds", "", "", *spread])
+    for word, count in (("seed", metrics["seeds"]), ("repeat", metrics["repeats"])):
+        if count > 1:
+            found = [number(metrics[init]["video"][f"balanced_accuracy_{word}_sd"]) for init in inits]
+            rows.append([f"SD over {word}s, pooled", "", "", *found])
     absent = [
         f"fold {fold.fold} has no test video of {', '.join(missing)}"
         for fold in splits.folds
@@ -259,11 +261,15 @@ def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits
     ]
 
 
+def _fold_name(splits: Splits, fold: Fold) -> str:
+    return f"fold {fold.fold}" + (f", repeat {fold.repeat}" if splits.repeats > 1 else "")
+
+
 def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequence[str], unit: str) -> Table:
     """Every (patient, label): how many of its videos were right, and the joint judgement; errors first."""
     counts = judged.groupby(["patient", "label"])["correct"].agg(["sum", "count"])
     columns = probability_columns(classes)
-    joined = patients.groupby(["fold", "patient", "label"], as_index=False)[columns].mean()
+    joined = patients.groupby(["patient", "label"], as_index=False).agg({"fold": "min", **dict.fromkeys(columns, "mean")})
     values = joined[columns].to_numpy()
     joined["predicted"] = [classes[index] for index in values.argmax(axis=1)]
     joined["certainty"] = values.max(axis=1)
@@ -284,6 +290,8 @@ def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequenc
             ]
         )
     note = f"The first {MAX_PATIENTS} of {len(joined)} are shown." if len(joined) > MAX_PATIENTS else ""
+    if patients["repeat"].nunique() > 1:
+        note = f"Means over repeats; the fold is that of the first. {note}".strip()
     names = [unit.capitalize(), "Fold", "Truth", "Predicted", "Probability", "Videos right", "Judged"]
     return Table(f"Every {unit}, errors first", names, rows, ["Fold", "Probability", "Videos right"], note)
 
@@ -322,7 +330,7 @@ def data_tables(splits: Splits, store: FrameStore | None, unit: str) -> list[Tab
         counts = Counter(splits.labels[video] for video in fold.test)
         rows.append(
             [
-                f"fold {fold.fold}",
+                _fold_name(splits, fold),
                 len({splits.groups[video] for video in fold.test}),
                 len(fold.test),
                 *(counts[name] for name in splits.classes),
@@ -330,15 +338,9 @@ def data_tables(splits: Splits, store: FrameStore | None, unit: str) -> list[Tab
                 len(fold.train),
             ]
         )
-    tables.append(
-        Table(
-            "Split: who is tested where",
-            columns,
-            rows,
-            columns[1:],
-            f"No {unit} is on both sides of a fold. Manifest {splits.manifest_digest[:12]}, split seed {splits.seed}.",
-        )
-    )
+    sides = f"{splits.stamp[0].upper()}{splits.stamp[1:]}." if splits.stamp else f"No {unit} is on both sides of a fold."
+    made = f"{splits.words}, manifest {splits.manifest_digest[:12]}, split seed {splits.seed}."
+    tables.append(Table("Split: who is tested where", columns, rows, columns[1:], f"{sides} {made}"))
     return tables
 
 

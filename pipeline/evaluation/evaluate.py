@@ -71,7 +71,7 @@ def evaluate(
     folders, warnings = _asked_for(config, splits, [Path(folder) for folder in folders])
     items = read_items(folders)
     check_items(items, splits, config.finetune.initialisations, config.finetune.seeds)
-    rows = test_rows(items)
+    rows = test_rows(items, splits)
     how = config.evaluate.aggregation
     tables = {
         "frame": rows,
@@ -111,7 +111,7 @@ def _recordings(store: FrameStore | None) -> dict[str, str]:
 def _phases(
     config: Config, rows: pd.DataFrame, splits: Splits, store: FrameStore | None, whole: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Metrics of whole videos whose frames have labels of their own, by initialisation (means over seeds); {} without any."""
+    """Metrics of whole videos whose frames have labels of their own, by initialisation (means over seeds and repeats); {} without any."""
     frames = rows[rows["video"].isin(whole)]
     if store is None or frames.empty:
         return {}
@@ -125,7 +125,7 @@ def _phases(
                 one["video"].map(whole).to_numpy(str), one["label"].map(number).to_numpy(np.int64),
                 one[probability_columns(splits.classes)].to_numpy().argmax(1), list(splits.classes), config.evaluate.phase_convention,
             ) | {"frames_stored": stored}
-            for _, one in part.groupby("seed")
+            for _, one in part.groupby(["seed", "repeat"])
         ])
     return result
 

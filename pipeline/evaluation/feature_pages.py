@@ -36,11 +36,13 @@ def feature_results(
 ) -> FeatureResults:
     """Read features.npz of the items; an initialisation counts when all its folds have one. `whole`: see `feature_numbers`.
 
+    Nothing in a split by frame: without training videos that are not tested as well there are no neighbours to look at.
+
     Raises:
         DataError: see `neighbors.read_features`.
     """
     folds: dict[str, list[FoldFeatures]] = {}
-    for init in inits:
+    for init in [] if splits.by_frame else inits:
         own = [item for item in items if item.card.init == init]
         # The encoder is the same for every seed of fine-tuning.
         own = [item for item in own if item.card.seed == own[0].card.seed]

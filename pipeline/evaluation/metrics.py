@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # Keys that keep apart predictions of different models on the same video.
-RUN_COLUMNS = ("init", "seed", "fold", "part")
+RUN_COLUMNS = ("init", "seed", "fold", "repeat", "part")
 RULES = ("mean", "max", "vote", "top_k", "attention")
 # Probabilities arrive as float32; a certain and wrong prediction costs -log of this instead of infinity.
 PROBABILITY_FLOOR = 1e-7
@@ -130,14 +130,14 @@ def aggregate(
     independent.
 
     Args:
-        table: columns `video`, `patient`, `label`, `p_<class>`..., and any of `init`, `seed`, `fold`, `part`, which
+        table: columns `video`, `patient`, `label`, `p_<class>`..., and any of `init`, `seed`, `fold`, `repeat`, `part`, which
             keep models apart: members are joined only where all of them agree.
         classes: the classes in order.
         level: unit of the result.
         how: rule for both steps. top_k: see above.
 
     Returns:
-        Columns: those of init, seed, fold, part that were there; `video` (level video only), `patient`, `label`,
+        Columns: those of init, seed, fold, repeat, part that were there; `video` (level video only), `patient`, `label`,
         `members` (number of joined rows of the level below), `p_<class>`...; sorted by these keys.
 
     Raises:

@@ -1,7 +1,8 @@
 """Predictions of the fine-tuned models: read, cross-checked against the split, refused when they cannot be trusted.
 
 Nothing here computes a metric. What passes is safe to count: every test video of every fold exactly once per
-initialisation and seed, no patient on both sides, true labels, true probabilities.
+initialisation, seed and repeat, no patient on both sides, true labels, true probabilities. In a split by frame the same
+holds for single frames, and only for them.
 """
 
 from __future__ import annotations
@@ -201,9 +202,12 @@ def check_items(items: Sequence[Item], splits: Splits, initialisations: Sequence
     for item in items:
         _check_classes(item, splits)
         _check_membership(item, splits)
-        _check_leakage(item, splits)
+        if splits.by_frame:
+            _check_frames(item, splits)
+        else:
+            _check_leakage(item, splits)
         _check_labels(item, splits)
-    _check_once(items)
+    _check_once(items, splits)
     _check_recipe(items)
 
 
@@ -245,16 +249,16 @@ def _check_classes(item: Item, splits: Splits) -> None:
         )
 
 
-def _check_once(items: Sequence[Item]) -> None:
-    """A video may be a test video in one fold only, so within (initialisation, seed) it is predicted by one item."""
-    seen: dict[tuple[str, int, str], str] = {}
-    for item in items:
+def _check_once(items: Sequence[Item], splits: Splits) -> None:
+    """A video may be a test video in one fold of a repeat only, so within (initialisation, seed, repeat) one item predicts it."""
+    seen: dict[tuple[str, int, int, str], str] = {}
+    for item in [] if splits.by_frame else items:
         for video in item.test["video"].unique():
-            key = (item.card.init, item.card.seed, video)
+            key = (item.card.init, item.card.seed, splits.fold(item.card.fold).repeat, video)
             if key in seen:
                 raise DataError(
                     f"item {item.name}: video {video} (fold {item.card.fold}) was already predicted by {seen[key]}; "
-                    f"each video may be a test video once per initialisation and seed."
+                    f"each video may be a test video once per initialisation, seed and repeat."
                 )
             seen[key] = item.name
 
@@ -302,6 +306,18 @@ def _check_leakage(item: Item, splits: Splits) -> None:
         raise LeakageError(f"item {item.name}, fold {card.fold}: test groups among the validation rows: {_some(both)}.")
 
 
+def _check_frames(item: Item, splits: Splits) -> None:
+    """A split by frame: each frame is predicted by the one fold of a repeat that it was dealt to, and never validates there."""
+    fold = splits.fold(item.card.fold)
+    for part, video, frame in item.table[["part", "video", "frame"]].itertuples(index=False):
+        dealt = splits.part_of_frame(fold, video, int(frame), None)
+        if (dealt == "test") != (part == "test"):
+            raise LeakageError(
+                f"item {item.name}, fold {fold.fold}: frame {frame} of video {video} is predicted as {part}, but the split deals it to "
+                f"{'the test part' if dealt == 'test' else 'training'}. These predictions belong to another split; run finetune again."
+            )
+
+
 def _check_labels(item: Item, splits: Splits) -> None:
     """Labels and groups of the table are those of the split."""
     videos = item.table.drop_duplicates(["video", "label", "patient"])
@@ -325,7 +341,8 @@ def _some(names: Sequence[str], noun: str = "", limit: int = 8) -> str:
     return plural + ", ".join(names[:limit]) + more
 
 
-def test_rows(items: Sequence[Item]) -> pd.DataFrame:
-    """All out-of-fold rows of the items in one table, ordered by init, seed, fold, video, frame."""
+def test_rows(items: Sequence[Item], splits: Splits) -> pd.DataFrame:
+    """All out-of-fold rows of the items in one table with the repeat of their fold, ordered by init, seed, fold, video, frame."""
     rows = pd.concat([item.test for item in items], ignore_index=True)
+    rows.insert(rows.columns.get_loc("fold") + 1, "repeat", rows["fold"].map({fold.fold: fold.repeat for fold in splits.folds}))
     return rows.sort_values(["init", "seed", "fold", "video", "frame"], kind="stable", ignore_index=True)

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from pipeline.config import Config
+from pipeline.data.splits import FRAME_LEVEL, VIDEO_LEVEL
 from pipeline.evaluation.plots import DPI
 from pipeline.files import atomic_write
 from pipeline.tracking_context import environment_tags
@@ -168,6 +169,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else ending}".replace(",", "\u202f")
 
 
+def fold_words(metrics: Mapping[str, Any]) -> str:
+    """`5 folds`, or `5 folds × 3 repeats`."""
+    return plural(metrics["folds"], "fold") + (f" × {metrics['repeats']} repeats" if metrics.get("repeats", 1) > 1 else "")
+
+
 def headline_sentence(metrics: Mapping[str, Any], confidence: float) -> str:
     """The one sentence a reader takes home, e.g. `Balanced accuracy per video 0.71 (95 % interval 0.60 to 0.81), 24
     patients, 48 videos, 3 folds`, followed by its stamps."""
@@ -177,7 +183,7 @@ def headline_sentence(metrics: Mapping[str, Any], confidence: float) -> str:
         f"Balanced accuracy per video {interval_words(values, 'balanced_accuracy', confidence)}",
         plural(metrics["patients"], unit),
         plural(metrics["videos"], "video"),
-        plural(metrics["folds"], "fold"),
+        fold_words(metrics),
     ]
     if metrics["seeds"] > 1:
         parts.append(f"mean of {metrics['seeds']} seeds")
@@ -234,7 +240,12 @@ def stamp_words(stamp: str) -> list[str]:
         words.append("Optimistic (selected on test): the training epoch was chosen on the patients that are reported.")
     if "transductive" in stamp:
         words.append("Transductive pretraining: the encoder has seen the unlabelled videos of the patients that are tested.")
-    others = [part for part in stamp.split(", ") if part and not part.startswith(("optimistic", "transductive"))]
+    if FRAME_LEVEL in stamp:
+        words.append("Frame-level split: frames of one video are on both sides of every fold, so each network has seen the videos it is tested on.")
+    if VIDEO_LEVEL in stamp:
+        words.append("Video-level split: videos of one patient are on both sides of a fold, so networks have seen patients they are tested on.")
+    known = ("optimistic", "transductive", FRAME_LEVEL, VIDEO_LEVEL)
+    others = [part for part in stamp.split(", ") if part and not part.startswith(known)]
     return words + [f"{part[0].upper()}{part[1:]}" for part in others]
 
 
@@ -256,7 +267,17 @@ def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]
             "Pretraining saw the videos (not the labels) of the patients that are tested. Values for patients the "
             "encoder has never seen may be lower."
         )
-    if metrics["group"] != "patient":
+    if FRAME_LEVEL in metrics["stamp"]:
+        lines.append(
+            "Frames of the tested videos were trained on (as some published protocols do): the numbers say how well neighbouring frames "
+            "are recognised, not how well a new video or patient is. Use them only to compare with such publications."
+        )
+    elif VIDEO_LEVEL in metrics["stamp"]:
+        lines.append(
+            "Other videos of the tested patients were trained on (as some published protocols do), and videos were treated as independent: "
+            "the values are too high and the intervals too narrow. Use them only to compare with such publications."
+        )
+    elif metrics["group"] != "patient":
         lines.append(
             "Patient identities were not given, so videos were treated as independent. If two videos come from one "
             "patient, the values are too high and the intervals too narrow."
@@ -327,7 +348,7 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
     )
     jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri, shown=shown_size)
-    jinja.globals.update(plural=plural, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
+    jinja.globals.update(plural=plural, fold_words=fold_words, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
     return jinja
 
 

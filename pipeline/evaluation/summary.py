@@ -1,7 +1,7 @@
 """The numbers of details.json: out-of-fold metrics per initialisation, folds, seeds, baseline and paired difference.
 
-Seeds are scored one by one and averaged. Whatever makes a number better than it would be for a new patient is a stamp
-that stands beside every number it touches.
+Seeds and repeats of the cross-validation are scored one by one and averaged. Whatever makes a number better than it would
+be for a new patient is a stamp that stands beside every number it touches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.data.splits import Splits
 from pipeline.evaluation.metrics import Scores, aggregate, classification_metrics
 from pipeline.evaluation.predictions import Item, probability_columns
 from pipeline.evaluation.report import METRIC_NAMES, headline_sentence
-from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap, permutation_test
+from pipeline.evaluation.statistics import paired_bootstrap, patient_intervals, permutation_test
 
 __all__ = ["METRICS", "OPTIMISTIC", "TRANSDUCTIVE", "average", "summarise"]
 
@@ -33,11 +33,10 @@ BASELINE_METRICS = ("balanced_accuracy", "accuracy", "macro_f1")
 
 def _stamps(config: Config, items: Sequence[Item], splits: Splits) -> list[str]:
     """What makes the numbers of these items better than for a new patient."""
-    stamps: dict[str, None] = {}
+    stamps: dict[str, None] = dict.fromkeys([splits.stamp] if splits.stamp else [])
     for item in items:
         card = item.card
-        if card.stamp:
-            stamps[card.stamp] = None
+        stamps |= dict.fromkeys(card.stamp.split(", ") if card.stamp else [])
         if card.selection == "best_on_test":
             stamps[OPTIMISTIC] = None
         seen = set(card.pretrain_groups) & {splits.groups[video] for video in splits.fold(card.fold).test}
@@ -63,7 +62,8 @@ def summarise(
         "patients": len({splits.groups[video] for video in splits.labels}),
         "videos": len(splits.labels),
         "frames": len(tables["frame"].drop_duplicates(["video", "frame"])),
-        "folds": len(splits.folds),
+        "folds": splits.folds_per_repeat,
+        "repeats": splits.repeats,
         "seeds": len(set(config.finetune.seeds)),
         "chance": 1 / len(splits.classes),
         "aggregation": config.evaluate.aggregation,
@@ -85,27 +85,23 @@ def summarise(
     return {"headline": sentence, **top, **metrics}
 
 
+def _runs(table: pd.DataFrame, classes: Sequence[str]) -> dict[Any, Scores]:
+    """Predictions of every seed and repeat; each holds every unit once."""
+    return {key: Scores.from_table(part, classes) for key, part in table.groupby(["seed", "repeat"])}
+
+
 def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: str) -> dict[str, Any]:
-    """Metrics of one initialisation at one level: mean over seeds, spread over seeds, intervals over patients."""
-    per_seed = [classification_metrics(Scores.from_table(part, classes)) for _, part in table.groupby("seed")]
-    result = average(per_seed)
-    if len(per_seed) > 1:
-        for name in METRICS:
-            values = [one[name] for one in per_seed]
-            result[f"{name}_seed_sd"] = stdev(values) if None not in values else None
-    settings = config.evaluate
-    intervals = bootstrap_intervals(
-        Scores.from_table(table, classes),
-        METRICS,
-        replicates=settings.bootstrap,
-        confidence=settings.confidence,
-        seed=settings.seed,
-    )
+    """Metrics of one initialisation at one level: mean over seeds and repeats, spread over each, intervals over patients."""
+    runs = {key: classification_metrics(scores) for key, scores in _runs(table, classes).items()}
+    result = average(list(runs.values()))
+    for place, word in enumerate(("seed", "repeat")):
+        kinds = sorted({key[place] for key in runs})
+        for name in METRICS if len(kinds) > 1 else ():
+            means = [average([one[name] for key, one in runs.items() if key[place] == kind]) for kind in kinds]
+            result[f"{name}_{word}_sd"] = stdev(means) if None not in means else None
+    intervals = patient_intervals(list(_runs(table, classes).values()), METRICS, confidence=config.evaluate.confidence)
     for name in METRICS:
         low, high, reason = intervals[name].low, intervals[name].high, intervals[name].reason
-        if low is not None and high is not None and high - low < 1e-9:
-            # Resampling patients who all gave the same result finds no spread; that is no proof of certainty.
-            low, high, reason = None, None, "all patients gave the same result, so resampling them tells nothing"
         result[f"{name}_low"], result[f"{name}_high"] = low, high
         if reason:
             result["undefined"][f"{name} interval"] = reason
@@ -158,7 +154,7 @@ def _majority(config: Config, splits: Splits, frames: pd.DataFrame, init: str) -
     levels = {"frame": table, **{level: aggregate(table, splits.classes, level) for level in ("video", "patient")}}
     result: dict[str, Any] = {}
     for level, part in levels.items():
-        values = classification_metrics(Scores.from_table(part, splits.classes))
+        values = average([classification_metrics(Scores.from_table(one, splits.classes)) for _, one in part.groupby("repeat")])
         result[level] = {name: values[name] for name in BASELINE_METRICS}
     return result
 
@@ -170,7 +166,7 @@ def _differences(config: Config, splits: Splits, tables: Mapping[str, pd.DataFra
     for level in LEVELS:
         table = tables[level]
         first, second = (
-            Scores.from_table(table[table["init"] == init], splits.classes) for init in ("pretrained", "random")
+            list(_runs(table[table["init"] == init], splits.classes).values()) for init in ("pretrained", "random")
         )
         # Ranking every frame anew in ten thousand exchanges takes minutes on large data and answers no question.
         names = BASELINE_METRICS if level == "frame" else METRICS

@@ -51,6 +51,8 @@ class PretrainInputs:
     left_out: list[str]
     """Ids of videos that are too short for the method."""
     fingerprint: str
+    scope: str = "fold"
+    """`fold`, `all` (transductive), or `none` where nothing is trained."""
 
     @property
     def target_groups(self) -> list[str]:
@@ -111,8 +113,9 @@ def _drawn_share(labels: Sequence[str], share: float, seed: int) -> list[str]:
 def open_pretrain_inputs(config: Config, splits: Splits, fold: int) -> PretrainInputs:
     """Collect the videos of all pretraining sources that the encoder of this fold may see.
 
-    With `pretrain.scope: fold` these exclude every video of the fold's test patients (in every source); with `all` nothing is
-    excluded, and no label of the main source is passed on, so that not even a monitor looks at test labels.
+    With `pretrain.scope: fold` these exclude every video of the fold's test patients (in every source); with `all`, and in a
+    split by frame, nothing is excluded, and no label of the main source is passed on, so that not even a monitor looks at test
+    labels.
 
     Raises:
         DataError: nothing is left, with counts of what was left out and why.
@@ -120,7 +123,7 @@ def open_pretrain_inputs(config: Config, splits: Splits, fold: int) -> PretrainI
     from pipeline.registry import METHODS
 
     method, params = METHODS.get(config.pretrain.method), config.method_params
-    inside = fold if config.pretrain.scope == "fold" else None
+    inside = fold if config.pretrain.scope == "fold" and not splits.by_frame else None
     wanted = [v for source in config.pretrain.sources for v in splits.pretraining_videos(inside, source)]
     stores = [FrameStore(frames_folder(source)) for source in config.pretrain.sources]
     refs = gather_videos(stores, wanted)
@@ -148,4 +151,5 @@ def open_pretrain_inputs(config: Config, splits: Splits, fold: int) -> PretrainI
         target_classes,
         short,
         _pretrain_fingerprint(config, kept, chosen if share else []),
+        ("all" if inside is None else "fold") if method.trains else "none",
     )

@@ -115,8 +115,8 @@ def _hand_over(config: Config, fold: int, inputs: PretrainInputs, done: Path, tr
     # What belongs to this run and not to the shared result. Names of patients above all: another key of the pseudonyms or
     # another split names the same videos' patients differently, and the check for leaks compares these names.
     card |= {
-        "fold": fold, "scope": config.pretrain.scope, "transductive": config.pretrain.scope == "all",
-        "groups": sorted(set(inputs.groups)), "label_groups": inputs.target_groups, "too_short": inputs.left_out,
+        "fold": fold, "scope": inputs.scope, "transductive": inputs.scope == "all",
+        "groups": [] if inputs.scope == "none" else sorted(set(inputs.groups)), "label_groups": inputs.target_groups, "too_short": inputs.left_out,
         "preprocessing": input_facts(config, config.method_params.augmentation), "pretrain": _settings(config),
     }
     write_json(output / "card.json", card)
