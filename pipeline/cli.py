@@ -66,7 +66,7 @@ def _check(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.params)
     check_named_files(config)
     print(
-        f"{arguments.params}: valid. Source {config.data.source}, {len(config.split.folds)} folds, pretraining "
+        f"{arguments.params}: valid. Source {config.data.source}, {config.split.words}, pretraining "
         f"{config.pretrain.method} on {config.pretrain.backbone} for {config.pretrain.epochs} epochs "
         f"(scope {config.pretrain.scope}), fine-tuning {', '.join(config.finetune.initialisations)} "
         f"with {len(config.finetune.seeds)} seed(s)."
@@ -113,9 +113,12 @@ def _ui(arguments: argparse.Namespace) -> int:
     from pipeline.config import load_config
     from pipeline.tracking import tracking_uri
 
-    uri = tracking_uri(load_config(arguments.params))
+    config = load_config(arguments.params)
+    uri = tracking_uri(config)
     if uri.startswith(("http://", "https://", "databricks")):
         print(f"The runs are on the tracking server {uri.rsplit('@')[-1]}; open it in a browser.")
+        if uri.startswith("http") and not arguments.print:
+            _show_views(uri, config.tracking.experiment, f"{uri.partition('://')[0]}://{uri.partition('://')[2].rpartition('@')[2].rstrip('/')}/")
         return 0
     # 127.0.0.1: the page shows runs on medical data and has no password.
     words = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
@@ -123,9 +126,24 @@ def _ui(arguments: argparse.Namespace) -> int:
     if arguments.print:
         print(shlex.join(["mlflow", *words[3:]]))
         return 0
-    print(f"MLflow at http://127.0.0.1:{arguments.port} (Ctrl-C ends it)", flush=True)
+    home = f"http://127.0.0.1:{arguments.port}/"
+    print(f"MLflow at {home} (Ctrl-C ends it)", flush=True)
+    _show_views(uri, config.tracking.experiment, home)
     # In place of this process, so that Ctrl-C and signals reach the server itself.
     os.execv(words[0], words)
+
+
+def _show_views(uri: str, experiment: str, home: str) -> None:
+    """Print the addresses at which MLflow's table and charts show what differs between the experiments."""
+    from pipeline.tracking_view import prepare_view
+
+    try:
+        views = prepare_view(uri, experiment)
+    except Exception as error:  # a store that is away or locked raises what its driver likes
+        print(f"note: the table of experiments could not be prepared ({type(error).__name__})", file=sys.stderr)
+        return
+    for name, place in views.items():
+        print(f"  {name}: {home}{place}", flush=True)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -151,6 +169,26 @@ def _compare(arguments: argparse.Namespace) -> int:
 
         write_comparison(found, Path(arguments.out))
         print(f"{arguments.out} holds compare.html (everything, for reading and printing), compare.png, compare.csv, compare.md, compare.json")
+    return 0
+
+
+def _protocols(arguments: argparse.Namespace) -> int:
+    import shlex
+
+    from pipeline.protocols import choose_protocols, commands, run_protocols, show_protocols
+
+    if arguments.show is not None:
+        print(show_protocols(arguments.show, initialisation=arguments.init, level=arguments.level, prefix=arguments.prefix))
+        return 0
+    chosen = choose_protocols([key for key in arguments.rows.split(",") if key])
+    if arguments.print:
+        print("\n".join(shlex.join(words) for words in commands(arguments.set, chosen, prefix=arguments.prefix, queue=arguments.queue).values()))
+        return 0
+    names = run_protocols(arguments.set, chosen, prefix=arguments.prefix, queue=arguments.queue)
+    if arguments.queue:
+        print(f"{len(names)} experiments are queued. Run them with `dvc queue start`, then: sonoscope protocols --show --prefix {arguments.prefix}")
+        return 0
+    print(show_protocols(names, initialisation=arguments.init, level=arguments.level, prefix=arguments.prefix))
     return 0
 
 
@@ -303,24 +341,6 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.set_defaults(run=_inspect)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sonoscope",
-        description="Helpers around the pipeline; the pipeline itself runs with 'dvc repro' and 'dvc exp run'.",
-        epilog="Exit codes: 0 done, 1 bug, or problem found by doctor or data check, 2 explained mistake, 130 interrupted.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    doctor = commands.add_parser("doctor", help="say what this machine has, what is wrong, and what to do about it")
-    doctor.add_argument("--json", action="store_true", help="print the table as JSON")
-    doctor.set_defaults(run=_doctor)
-
-    check = commands.add_parser("check", help="check params.yaml, all problems at once")
-    check.set_defaults(run=_check)
-
-    preset = commands.add_parser(
-        "preset",
-        help="list the presets, or print one as words for 'dvc exp run'",
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The sub-command `compare`."""
     compare = commands.add_parser(
@@ -342,6 +362,43 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.set_defaults(run=_compare)
 
 
+def _add_protocols(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The sub-command `protocols`."""
+    protocols = commands.add_parser(
+        "protocols",
+        help="the same data and model under published and honest protocols: runs them, and prints one table",
+        description="Runs an experiment for each protocol (which unit is kept apart, and on what the epoch is chosen) in a copy of the project, "
+        "then prints their numbers side by side. params.yaml stays as it is.",
+    )
+    protocols.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE", help="parameter of all of them, as for 'dvc exp run -S'")
+    protocols.add_argument("--rows", default="", metavar="A,B", help="protocols to run, such as patient-inner,video-test (default: the usual five)")
+    protocols.add_argument("--queue", action="store_true", help="put them into DVC's queue instead of running them")
+    protocols.add_argument("--print", action="store_true", help="print the commands instead of running them")
+    protocols.add_argument("--prefix", default="protocol", help="start of the experiments' names (default: protocol)")
+    protocols.add_argument("--show", nargs="*", metavar="NAME", help="only print the table, of these experiments or of all of the prefix")
+    protocols.add_argument("--init", default="pretrained", choices=["pretrained", "random"], help="whose numbers (default: pretrained)")
+    protocols.add_argument("--level", default="video", choices=["video", "patient", "frame"], help="unit that is judged (default: video)")
+    protocols.set_defaults(run=_protocols)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sonoscope",
+        description="Helpers around the pipeline; the pipeline itself runs with 'dvc repro' and 'dvc exp run'.",
+        epilog="Exit codes: 0 done, 1 bug, or problem found by doctor or data check, 2 explained mistake, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="say what this machine has, what is wrong, and what to do about it")
+    doctor.add_argument("--json", action="store_true", help="print the table as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    check = commands.add_parser("check", help="check params.yaml, all problems at once")
+    check.set_defaults(run=_check)
+
+    preset = commands.add_parser(
+        "preset",
+        help="list the presets, or print one as words for 'dvc exp run'",
         description="Without NAME: the list. With NAME: the words for 'dvc exp run $(sonoscope preset NAME)'.",
     )
     preset.add_argument("name", nargs="?", metavar="NAME")
@@ -352,6 +409,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sync.set_defaults(run=_sync)
 
     _add_compare(commands)
+    _add_protocols(commands)
 
     export = commands.add_parser(
         "export",

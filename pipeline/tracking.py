@@ -42,7 +42,7 @@ def _now() -> int:
 class NullTracker:
     """Takes every call of a tracker and does nothing; only rank 0 writes the sidecar, since DVC expects the file."""
 
-    run_id = parent_id = run_key = execution = ""
+    run_id = parent_id = run_key = execution = execution_name = ""
 
     def __init__(self, stage: str, item: str | None = None, *, fingerprint: str = "", rank: int = 0) -> None:
         self.stage, self.item, self.fingerprint, self.rank = stage, item, fingerprint, rank
@@ -114,7 +114,7 @@ class Tracker(NullTracker):
     def __init__(self, config: Config, stage: str, item: str | None, fingerprint: str, facts: ExecutionFacts) -> None:
         super().__init__(stage, item, fingerprint=fingerprint)
         self.root = project_root().resolve()
-        self.execution = facts.key
+        self.execution, self.execution_name = facts.key, facts.name
         self.name = f"{stage} {readable(item)}" if item else stage
         self.run_key = fingerprint_of(facts.key, self.name)
         self.params = stage_params(facts.params, stage)

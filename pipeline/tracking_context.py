@@ -12,10 +12,12 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from pipeline.config import Config, fingerprint, pretraining_name
@@ -38,6 +40,8 @@ STAGE_SECTIONS = {
     "finetune": ("finetune",),
     "evaluate": ("evaluate",),
 }
+MOST_SPOKEN, MAX_SPOKEN = 5, 24
+"""Changed parameters in a run's name, and characters of a value."""
 PACKAGES = ("torch", "torchvision", "dvc", "mlflow", "numpy", "scikit-learn", "opencv-python")
 # DVC itself rewrites these two when it runs an experiment; what they hold is logged as parameters and fingerprints.
 GENERATED = (":(exclude)params.yaml", ":(exclude)dvc.lock")
@@ -126,6 +130,41 @@ def git_revision() -> str:
     return head if code == 0 else ""
 
 
+def changed_params(config: Config) -> dict[str, str]:
+    """Parameters that differ from params.yaml of the commit the experiment started from; {} where that cannot be told."""
+    code, text = _git("show", f"{os.environ.get('DVC_EXP_BASELINE_REV') or 'HEAD'}:./params.yaml")
+    try:
+        raw = yaml.safe_load(text) if code == 0 else None
+    except yaml.YAMLError:
+        raw = None
+    if not isinstance(raw, Mapping):
+        return {}
+    before, now = flatten(raw), shown_params(config)
+    now = {key: value for key, value in now.items() if not key.startswith("data.phantom") and key not in ("pretrain.method", "pretrain.init")}
+    return {key: value for key, value in now.items() if key in before and not _equal(before[key], value)}
+
+
+def _equal(first: str, second: str) -> bool:
+    """Whether two texts of a parameter mean the same: 1e-3 is 0.001."""
+    try:
+        return first == second or float(first) == float(second)
+    except ValueError:
+        return False
+
+
+def spoken_params(changed: Mapping[str, str], known: Mapping[str, str]) -> str:
+    """`temperature=0.2 finetune.epochs=5`: the shortest end of each key that no other key of `known` has."""
+    ends = Counter(".".join(key.split(".")[-size:]) for key in known for size in range(1, key.count(".") + 2))
+
+    def short(key: str) -> str:
+        parts = key.split(".")
+        return next((name for size in range(1, len(parts)) if ends[name := ".".join(parts[-size:])] == 1), key)
+
+    words = [f"{short(key)}={value if len(value) <= MAX_SPOKEN else value[: MAX_SPOKEN - 1] + '…'}" for key, value in sorted(changed.items())]
+    more = len(words) - MOST_SPOKEN
+    return " ".join(words[:MOST_SPOKEN]) + (f" +{more} more" if more > 0 else "")
+
+
 def execution_facts(config: Config) -> ExecutionFacts:
     """Collect what identifies this execution: the same in every stage process of one `dvc repro` or `dvc exp run`."""
     head = git_revision()
@@ -138,6 +177,8 @@ def execution_facts(config: Config) -> ExecutionFacts:
     block = config.methods.get(method, {})
     called = pretraining_name(method, config.pretrain.init)
     params_hash = fingerprint(determining, block)
+    params = shown_params(config)
+    changed = spoken_params(changed_params(config), params)
     tags = {
         "dvc.experiment": experiment or "workspace",
         "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV", ""),
@@ -149,12 +190,13 @@ def execution_facts(config: Config) -> ExecutionFacts:
         "method": called,
         "scope": config.pretrain.scope,
         "sonoscope.params": params_hash,
+        "changed": changed,
     }
     return ExecutionFacts(
         key=fingerprint(experiment or "workspace", params_hash, head),
-        name=f"{called} {experiment or params_hash[:7]}",
+        name=f"{called} {changed or experiment or params_hash[:7]}",
         tags={key: value for key, value in tags.items() if value},
-        params=shown_params(config),
+        params=params,
     )
 
 

@@ -210,7 +210,7 @@ class Deliverer:
                 client.set_tag(run_id, SESSION, session)
                 if run.data.tags.get(SESSION) != session:
                     client.update_run(run_id, status="RUNNING")
-        self.state["parent"], self.state["run"] = parent_id, run_id
+        self.state |= {"parent": parent_id, "run": run_id, "experiment": experiment}
         if self.live:
             client.update_run(parent_id, status="RUNNING")
         client.set_tag(parent_id, "sonoscope.last_stage", event["run"]["name"])
@@ -277,9 +277,12 @@ class Deliverer:
     def _on_tags(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import RunTag
 
-        tags = [RunTag(cleaned_key(key), _cut(value)) for key, value in events[0]["tags"].items()]
+        run_id = self._target(events[0])
+        page = f"#/experiments/{self.state.get('experiment', '0')}/runs/{run_id}/artifacts/"
+        texts = {key: value.replace("](report.html)", f"]({page}report.html)") for key, value in events[0]["tags"].items()}
+        tags = [RunTag(cleaned_key(key), _cut(value)) for key, value in texts.items()]
         for start in range(0, len(tags), MAX_PARAMS):
-            self.client().log_batch(self._target(events[0]), tags=tags[start : start + MAX_PARAMS])
+            self.client().log_batch(run_id, tags=tags[start : start + MAX_PARAMS])
 
     def _on_artifact(self, events: list[dict[str, Any]]) -> None:
         event = events[0]

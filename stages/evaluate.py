@@ -18,6 +18,7 @@ from pipeline.config import fingerprint, load_config  # noqa: E402
 from pipeline.data.splits import Splits  # noqa: E402
 from pipeline.data.store import FrameStore  # noqa: E402
 from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results, stage_records  # noqa: E402
+from pipeline.evaluation.records import log_folds  # noqa: E402
 from pipeline.tracking import link_skipped, open_tracker  # noqa: E402
 
 
@@ -32,6 +33,7 @@ def main() -> None:
         metrics = evaluate(config, folders, splits, store, output, stages)
         log_results(tracker, metrics, output)
         tracker.write_sidecar(Path("reports/runs/evaluate.json"), metrics=headline_metrics(metrics))
+        log_folds(config, metrics)
     print(f"evaluate: {metrics['headline']}. Report: {output / 'report.html'}")
 
 

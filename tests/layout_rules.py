@@ -32,7 +32,7 @@ ORDER = """
     scorer
     tracking_context tracking_journal tracking_model
     tracking_store
-    tracking_courier
+    tracking_courier tracking_view
     tracking
     data.limits data.integrity
     data.dicom data.pool data.trouble data.outline data.thinning
@@ -79,7 +79,7 @@ ORDER = """
     evaluation.calibration_pages
     evaluation.saliency
     evaluation.feature_pages evaluation.curve_pages evaluation.explanations
-    evaluation.shortcuts evaluation.subgroups
+    evaluation.shortcuts evaluation.subgroups evaluation.records
     evaluation.pages
     evaluation.evaluate
     evaluation.compare
@@ -148,6 +148,7 @@ UNTRACKED = {
     "scorer": "the code of logged models; no stage runs it",
     "export.facts": "says what finished weights are, in a card's words; the weights are written before",
     "tracking_store": "tracking",
+    "tracking_view": "reached through cli only",
 }
 # Read by many stages only to hand on what another stage has written, which is a dependency itself. Stages that do more with
 # them list them.

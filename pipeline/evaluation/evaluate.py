@@ -25,6 +25,7 @@ from pipeline.evaluation.pages import Results, write_pages
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.phases import phase_metrics
 from pipeline.evaluation.predictions import check_items, item_name, probability_columns, read_items, test_rows
+from pipeline.evaluation.records import log_execution
 from pipeline.evaluation.shortcuts import shortcuts_part
 from pipeline.evaluation.subgroups import subgroups_part
 from pipeline.evaluation.summary import METRICS, average, summarise
@@ -225,10 +226,10 @@ def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) -> None:
-    """Headline on stage and parent run, folds as steps, stamps as tags, report and pictures as artifacts."""
+    """Headline on the stage's run and, shorter, on the parent, folds as steps, stamps as tags, report and pictures as artifacts."""
     headline = headline_metrics(metrics)
     tracker.log_metrics(headline)
-    tracker.log_parent_metrics(headline)
+    log_execution(tracker, metrics)
     for init in initialisations(metrics):
         for fold, values in metrics[init]["folds"].items():
             found = {f"fold.{init}.{name}": values[name] for name in METRICS if values[name] is not None}

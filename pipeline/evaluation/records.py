@@ -1,0 +1,80 @@
+"""What MLflow is told of an evaluation: few numbers on the experiment's own run, its name and description, one child a fold.
+
+Everything else stands on the run of the evaluate stage, so that tables and charts of experiments stay readable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.evaluation.report import METRIC_NAMES, number, signed
+from pipeline.tracking import NullTracker, open_tracker
+
+__all__ = ["description", "log_execution", "log_folds", "parent_metrics"]
+
+MOST_FOLDS = 20
+"""Folds that get a run of their own; each costs about a third of a second."""
+CHILD_METRICS = tuple(METRIC_NAMES)
+
+
+def parent_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of the experiment's own run; undefined ones are left out.
+
+    MLflow's comparison starts with the first name of the alphabet, so `balanced_accuracy` comes before all others.
+    """
+    ends = ("", "_low", "_high")
+    first = metrics[metrics["headline_init"]]
+    flat: dict[str, float | None] = {f"balanced_accuracy{end}": metrics[f"balanced_accuracy{end}"] for end in ends}
+    flat["balanced_accuracy_per_patient"] = first["patient"]["balanced_accuracy"]
+    flat["balanced_accuracy_fold_sd"] = first["fold_mean"]["balanced_accuracy_sd"]
+    flat |= {name: first["video"][name] for name in ("macro_auroc", "macro_f1")}
+    flat |= {f"pretraining_gain{end}": metrics.get(f"pretraining_gain{end}") for end in (*ends, "_p")}
+    flat |= {f"phases.{init}.f1": numbers["f1"] for init, numbers in metrics.get("phases", {}).items()}
+    flat |= metrics.get("headline_parts", {})
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def run_name(start: str, metrics: Mapping[str, Any]) -> str:
+    """`ucl temperature=0.2 | 0.72 (0.60–0.83)`; a stamped result says so."""
+    value, low, high = (metrics[f"balanced_accuracy{end}"] for end in ("", "_low", "_high"))
+    span = f" ({number(low)}–{number(high)})" if low is not None and high is not None else ""
+    return f"{start} | {number(value)}{span}{' !' if metrics['stamp'] else ''}"
+
+
+def description(metrics: Mapping[str, Any]) -> str:
+    """Markdown for the page of the experiment's run: headline, folds, what pretraining brought, where the report is."""
+    lines = [f"**{metrics['headline']}**", ""]
+    if metrics.get("pretraining_gain") is not None:
+        low, high = metrics.get("pretraining_gain_low"), metrics.get("pretraining_gain_high")
+        span = f" ({signed(low)} to {signed(high)})" if low is not None and high is not None else ""
+        lines += [f"Against the same network without pretraining: {signed(metrics['pretraining_gain'])}{span}.", ""]
+    lines += ["[Report](report.html) with pictures, and everything else of this run: tab *Artifacts*.", ""]
+    shown = [METRIC_NAMES[name] for name in CHILD_METRICS]
+    lines += [f"| Fold | Videos | Patients | {' | '.join(shown)} |", f"|{'---|' * (3 + len(shown))}"]
+    for fold, values in metrics[metrics["headline_init"]]["folds"].items():
+        cells = [number(values[name]) for name in CHILD_METRICS]
+        lines.append(f"| {fold} | {values['n']} | {values['patients']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def log_execution(tracker: NullTracker, metrics: Mapping[str, Any]) -> None:
+    """Metrics, name and description of the experiment's own run."""
+    tracker.log_parent_metrics(parent_metrics(metrics))
+    tracker.set_parent_tags({"mlflow.runName": run_name(tracker.execution_name, metrics), "mlflow.note.content": description(metrics)})
+
+
+def log_folds(config: Config, metrics: Mapping[str, Any]) -> None:
+    """One child run a fold, with the fold's metrics under the names the experiment's own run has."""
+    folds = metrics[metrics["headline_init"]]["folds"]
+    if len(folds) > MOST_FOLDS:
+        return
+    others = [name for name in ("pretrained", "random") if name in metrics and name != metrics["headline_init"]]
+    for fold, values in folds.items():
+        with open_tracker(config, "evaluate", f"fold {fold}") as child:
+            found = {name: values[name] for name in CHILD_METRICS}
+            found |= {f"balanced_accuracy{end}": values[f"balanced_accuracy{end}"] for end in ("_low", "_high")}
+            found |= {f"{init}.balanced_accuracy": metrics[init]["folds"][fold]["balanced_accuracy"] for init in others}
+            child.log_metrics({key: value for key, value in found.items() if value is not None})
+            child.set_tags({"stamp": values["stamp"] or "none"})
