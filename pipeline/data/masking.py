@@ -27,6 +27,8 @@ FEWEST, SAMPLES = 8, 24
 """Frames a mask is found from."""
 _COLOUR_SIDE, _COLOUR_STEP = 96, 8
 """Size of the pictures in which colour is looked for, and of how many frames one is looked at."""
+_COLOURS = 24
+"""Pictures in which colour must come and go: about eight seconds of a usual clip."""
 THUMB = 160
 """Long side of the pictures on the contact sheets."""
 _WATCH = 16
@@ -154,19 +156,36 @@ class Masker:
         """uint8 [h, 2 w, 3] BGR: a frame as it was, with the outline, and what is left of it; for the contact sheet."""
         self._name, self._boxes, self._decision = name, boxes, decision
         self._crop: Box | None = None
-        self._bytes = self._seen = self._looked = self._grew = 0
+        self._bytes = self._seen = self._passed = self._looked = self._grew = 0
         self._colours: list[np.ndarray] = []
+        self._area: np.ndarray | None = None
         self._written: np.ndarray | None = None
         self._stack: np.ndarray | None = None
 
     def wants(self, frame: np.ndarray, original: np.ndarray) -> bool:
         """Take note of a frame that waits; whether there is room for more."""
-        if original.ndim == 3 and self._seen % _COLOUR_STEP == 0:
-            step = max(1, min(original.shape[:2]) // _COLOUR_SIDE)
-            self._colours.append(original[::step, ::step].copy())
+        self._note_colour(original)
         self._seen += 1
         self._bytes += frame.nbytes
         return self._bytes < MEMORY or self._seen < FEWEST
+
+    def pass_by(self, original: np.ndarray) -> None:
+        """Look for colour in a frame that comes after the mask was found.
+
+        Raises:
+            DataError: the parameters exclude the video.
+        """
+        self._note_colour(original)
+        # Half of the pictures are looked at again with the next ones, so that what comes and goes is seen wherever it begins.
+        if len(self._colours) >= _COLOURS:
+            self._look_for_doppler()
+            self._colours = self._colours[-_COLOURS // 2 :]
+
+    def _note_colour(self, original: np.ndarray) -> None:
+        self._passed += 1
+        if original.ndim == 3 and self._passed % _COLOUR_STEP == 1:
+            step = max(1, min(original.shape[:2]) // _COLOUR_SIDE)
+            self._colours.append(original[::step, ::step].copy())
 
     def decide(self, frames: Sequence[np.ndarray], size: tuple[int, int]) -> None:
         """Find the mask from the waiting frames. size: width and height of the file's frames.
@@ -186,9 +205,9 @@ class Masker:
             raise DataError(f"{self._name}: left out by extract.mask.review")
         if len(panes) > 1 and not action:
             sector = self._choose_pane(panes, sector)
-        report.doppler = self._has_doppler(sector.mask)
-        if report.doppler and self.params.doppler == "exclude" and not action:
-            raise DataError(f"{self._name}: colour Doppler (extract.mask.doppler: exclude)")
+        self._area = sector.mask
+        self._look_for_doppler()
+        self._colours = self._colours[-_COLOURS // 2 :]
         report.geometry = sector.geometry
         if action == "box" and self._decision and self._decision.box:
             mask = np.zeros((height, width), bool)
@@ -210,13 +229,15 @@ class Masker:
             return max(panes, key=lambda pane: int(pane.mask.sum()))
         return {"left": panes[0], "right": panes[-1]}.get(self.params.dual, together)
 
-    def _has_doppler(self, mask: np.ndarray) -> bool:
-        if not self._colours:
-            return False
-        height, width = self._colours[0].shape[:2]
-        same = [picture for picture in self._colours if picture.shape == self._colours[0].shape]
-        self._colours = []
-        return is_doppler(np.stack(same), cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0)
+    def _look_for_doppler(self) -> None:
+        if not self._colours or self._area is None or self.report.doppler:
+            return
+        height, width = self._colours[-1].shape[:2]
+        same = [picture for picture in self._colours if picture.shape == self._colours[-1].shape]
+        area = cv2.resize(self._area.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        self.report.doppler = is_doppler(np.stack(same), area)
+        if self.report.doppler and self.params.doppler == "exclude" and not self._decision:
+            raise DataError(f"{self._name}: colour Doppler (extract.mask.doppler: exclude)")
 
     def _chosen(self, sector: Sector, action: str) -> np.ndarray:
         """The mask that the parameters want for what was found."""
@@ -282,6 +303,8 @@ class Masker:
     def finish(self) -> list[str]:
         """Complete the report when all frames are through; returns warnings for the manifest."""
         report = self.report
+        self._look_for_doppler()
+        report.review = report.review or (report.doppler and not report.reviewed)
         report.grown = round(self._grew / self._looked, 3) if self._looked else 0.0
         notes = []
         if report.grown > 0.05:

@@ -405,6 +405,8 @@ class MediaReader:
             if thinner is not None:
                 thinner.add(cell)
             if waiting is None:
+                if self.masker is not None:
+                    self.masker.pass_by(frame)
                 self._encode(cell)
                 ready = [cell]
             else:
@@ -460,9 +462,7 @@ class MediaReader:
         if facts.frames_decoded == 0:
             raise DataError(f"{self.media.path}: no frame could be decoded (empty, damaged or cut off)")
         if facts.frames_claimed is not None and facts.frames_claimed != facts.frames_decoded:
-            facts.warnings.append(
-                f"decoded {facts.frames_decoded} frames where the header claims {facts.frames_claimed}"
-            )
+            facts.warnings.append(f"decoded {facts.frames_decoded} frames where the header claims {facts.frames_claimed}")
         if self.masker is not None:
             facts.warnings += self.masker.finish()
             report = self.masker.report
