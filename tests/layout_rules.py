@@ -78,6 +78,8 @@ ORDER = """
     evaluation.calibration_results
     evaluation.calibration_pages
     evaluation.saliency
+    evaluation.model_card
+    evaluation.checklist
     evaluation.feature_pages evaluation.curve_pages evaluation.explanations
     evaluation.shortcuts evaluation.subgroups evaluation.records
     evaluation.pages

@@ -17,6 +17,7 @@ from pipeline.data.splits import Splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation.calibration_pages import calibration_part
+from pipeline.evaluation.checklist import checklist_part
 from pipeline.evaluation.curve_pages import curves_part
 from pipeline.evaluation.explanations import explanations_part
 from pipeline.evaluation.feature_pages import feature_results
@@ -40,6 +41,7 @@ PARTS: tuple[Callable[[Context], Part | None], ...] = (
     subgroups_part,
     calibration_part,
     shortcuts_part,
+    checklist_part,
 )
 """The topics beside the main numbers, in the order of the report."""
 
@@ -239,7 +241,7 @@ def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) 
     tags |= {"phases.convention": numbers["convention"] for numbers in metrics.get("phases", {}).values()}
     tracker.set_tags(tags)
     tracker.set_parent_tags(tags)
-    for name in ("metrics.json", "details.json", "predictions.csv", "predictions_video.csv", "pictures"):
+    for name in ("metrics.json", "details.json", "predictions.csv", "predictions_video.csv", "pictures", "model_card.md", "checklist.md"):
         tracker.log_artifact(output / name)
     tracker.log_parent_artifact(output / "report.html")
 

@@ -85,6 +85,8 @@ class Section:
     """Pictures side by side (`pair`), one under another (`wide`), small ones in a grid (`panels`), or one beside its caption (`solo`)."""
     note: str = ""
     """Small print under the tables."""
+    folded: bool = False
+    """Each table behind its title, to be opened; on paper all are open."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.evaluation.model_card import NOT_FOR, USE, markdown_table
 from pipeline.evaluation.report import stamp_words
 
 __all__ = ["load_snippet", "render_card"]
@@ -59,11 +60,7 @@ def load_snippet(about: Mapping[str, Any], form: str, file: str) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> list[str]:
-    def cell(value: Any) -> str:
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "\\|").replace("\n", " ")
-
-    return ["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows.items())]
+    return markdown_table(["", ""], [[name, f"{value:.4g}" if isinstance(value, float) else value] for name, value in rows.items()])
 
 
 def _metrics(about: Mapping[str, Any]) -> list[str]:
@@ -139,12 +136,7 @@ def render_card(about: Mapping[str, Any], exported: Mapping[str, Any]) -> str:
         f"{'A classifier of' if classifier else 'An encoder for'} ultrasound or endoscopy frames, trained by Sonoscope"
         f"{'' if classifier else known}. File: `{exported['file']}` ({exported['form']}).", "", *_warnings(about),
     ]
-    use = [
-        "Research on the kind of video it was trained on; a start for further training.", "",
-        "**Not** a medical device: not for diagnosis, triage, treatment or any decision about a patient. Not for other organs, probes, machines "
-        "or populations without evaluation on them. Not for telling who a patient is. It was trained on the patients of one corpus; expect it "
-        "to be worse elsewhere.",
-    ]
+    use = [USE, "", NOT_FOR]
     licence = [
         "Licence of the training data: **to be filled in** by whoever shares this file (may weights trained on these data be passed on?).", "",
         f"Licence of these weights: **to be filled in**.{_OTHER_WEIGHTS if training['start'] != 'random' else ''}",

@@ -1,0 +1,134 @@
+"""What an evaluation knows about itself, in words, and the model card made of it (Mitchell et al., FAccT 2019).
+
+The card describes the procedure that all folds share. A card of one file of weights, with how to load it, is that of
+`pipeline.export.card`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config import pretraining_name
+from pipeline.evaluation.parts import Context
+from pipeline.evaluation.report import (
+    METRIC_NAMES,
+    cautions,
+    environment,
+    interval_words,
+    percent,
+    plural,
+)
+from pipeline.tracking_context import git_revision
+
+__all__ = ["NOT_FOR", "USE", "markdown_table", "model_card", "run_facts"]
+
+USE = "Research on the kind of video it was trained on; a start for further training."
+NOT_FOR = (
+    "**Not** a medical device: not for diagnosis, triage, treatment or any decision about a patient. Not for other organs, probes, machines "
+    "or populations without evaluation on them. Not for telling who a patient is. It was trained on the patients of one corpus; expect it "
+    "to be worse elsewhere."
+)
+_SELECTION = {
+    "inner": "the epoch was chosen on inner validation {unit}s, who are neither trained on nor tested",
+    "nested": "epoch and grid were chosen over all inner folds, then trained again on all training {unit}s",
+    "last": "the last epoch was taken, nothing was chosen",
+    "best_on_test": "the epoch was chosen on the test {unit}s themselves (optimistic)",
+}
+
+
+def run_facts(context: Context) -> dict[str, str]:
+    """Phrases that the checklists and the card are filled with; no name, path or identity."""
+    config, metrics, splits, unit = context.config, context.metrics, context.splits, context.unit
+    pretrain, tuned, extract = config.pretrain, config.finetune, config.extract
+    first, shown = metrics["headline_init"], config.evaluate.explanations
+    excluded = [line for line in splits.warnings if "excluded" in line]
+    rows = context.store.manifest.rows if context.store is not None else []
+    kept = f"frames stored {extract.color}, short side at most {extract.short_side} pixels, outside of the scan area: {extract.mask.mode}"
+    failing = metrics[first]["video"]
+    wrong = sum(map(sum, failing["confusion"])) - sum(failing["confusion"][place][place] for place in range(len(splits.classes)))
+    start = pretrain.init if pretrain.init in ("random", "imagenet") else "a weights file"
+    pretrained = pretraining_name(pretrain.method, pretrain.init)
+    return {
+        "title": config.evaluate.title, "unit": unit, "classes": ", ".join(splits.classes), "headline": metrics["headline"],
+        "patients": str(metrics["patients"]), "videos": str(metrics["videos"]), "manifest": splits.manifest_digest[:12],
+        "revision": git_revision()[:12] or "unknown", "labelled": "frame" if context.recordings else "video",
+        "stamp_line": f"**{metrics['stamp']}**" if metrics["stamp"] else "No number of this run is stamped as too good for new patients.",
+        "included": f"{len(rows)} videos in the store, {len(splits.unlabelled)} of them without label" if rows else "not recorded",
+        "preparation": kept, "missing": f"videos without a label serve pretraining only ({len(splits.unlabelled)}); "
+        + (" ".join(excluded) if excluded else "no class was left out"),
+        "input": f"frames of {pretrain.image_size} × {pretrain.image_size} pixels",
+        "protocol": f"cross-validation, {splits.words}, {_sides(context)}, split seed {splits.seed}",
+        "disjoint": _sides(context),
+        "model": f"{pretrain.backbone} pretrained by {pretrained}, fine-tuned ({tuned.trainable}, head {tuned.head})",
+        "selection": _SELECTION[tuned.selection].format(unit=unit),
+        "initial": f"pretraining from {start}; compared: {', '.join(context.inits)}",
+        "training": f"pretraining {pretrain.epochs} epochs ({pretrain.optimizer.name}), scope {pretrain.scope}; fine-tuning {tuned.epochs} epochs "
+        f"({tuned.optimizer.name}), seeds {', '.join(map(str, tuned.seeds))}",
+        "subgroups": ", ".join(config.evaluate.subgroups) or "none asked for (evaluate.subgroups)",
+        "measures": ", ".join(METRIC_NAMES.values()) + ", precision-recall, calibration, decision curve",
+        "uncertainty": f"{percent(config.evaluate.confidence)} intervals from {config.evaluate.bootstrap} bootstrap samples of whole {unit}s, "
+        "paired permutation test",
+        "prediction": f"frame probabilities joined to videos and {unit}s by {config.evaluate.aggregation}; "
+        "every video by networks that had not trained on it",
+        "imbalance": "loss weighted by class frequency" if tuned.class_weights == "balanced" else "none: the loss is not weighted",
+        "limits": f"one source, no external validation, {plural(metrics['patients'], unit)}" + (f", {metrics['stamp']}" if metrics["stamp"] else ""),
+        "question": "Answered by a paired comparison" if "difference" in metrics else "Not compared in this run",
+        "frames": f"{tuned.frames_per_video} frames a video and epoch in training, {tuned.eval_frames_per_video} evenly spaced ones in testing",
+        "privacy": "names replaced by keyed pseudonyms; file metadata is not stored" if config.data.pseudonym_key else
+        "names replaced by pseudonyms without a secret key (data.pseudonym_key is empty)",
+        "software": ", ".join(f"{key} {value}" for key, value in environment() if key != "lock"),
+        "robustness": f"{plural(metrics['seeds'], 'seed')}, {splits.words}",
+        "explained": f"maps of up to {shown} cases, with measures of what they are worth" if shown else "none in this run",
+        "flow": f"{metrics['patients']} {unit}s with {metrics['videos']} labelled videos tested, {metrics['frames']} frames judged; "
+        "files set aside are counted there",
+        "failures": f"{wrong:.3g} of {metrics['videos']} videos judged wrongly by the {first} network, the most certain shown with frames",
+    }
+
+
+def _sides(context: Context) -> str:
+    stamp = context.splits.stamp
+    return stamp or f"no {context.unit} is in training and test of a fold"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of a table; bars and line breaks in cells are taken care of."""
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(columns), "|" + "---|" * len(columns), *(line(row) for row in rows)]
+
+
+def model_card(context: Context, facts: Mapping[str, str]) -> str:
+    """model_card.md: the nine topics of Mitchell et al., what the run cannot know marked for its authors."""
+    metrics, confidence = context.metrics, context.config.evaluate.confidence
+    rows = [
+        [METRIC_NAMES[name], *(interval_words(metrics[init]["video"], name, confidence) for init in context.inits)] for name in METRIC_NAMES
+    ]
+    classes = [
+        [name, *(f"{values['per_class'][name]['recall']:.2f}" if values["per_class"][name]["recall"] is not None else "–" for values in
+                 (metrics[init]["video"] for init in context.inits))] for name in context.splits.classes
+    ]
+    yours = "*To be filled by you.*"
+    topics = {
+        "Model details": [
+            f"{facts['model']}. Tells apart: {facts['classes']}.", "", f"Made with Sonoscope, commit {facts['revision']}; {facts['software']}.", "",
+            f"Version, authors, licence, contact: {yours}", "",
+            "Weights of one fold, with how to load them and how pictures are prepared: `sonoscope export models/finetuned/<name>` writes its own card.",
+        ],
+        "Intended use": [USE, "", NOT_FOR, "", f"Intended users and place in care: {yours}"],
+        "Factors": [f"Sub-groups judged: {facts['subgroups']}.", "", f"Groups of people, machines and operators that matter here: {yours}"],
+        "Metrics": [f"{facts['measures']}. {facts['uncertainty']}. {facts['prediction']}."],
+        "Evaluation data": [f"{facts['flow']}. {facts['protocol']}. Manifest {facts['manifest']}.", "", f"Origin, dates, centres: {yours}"],
+        "Training data": [
+            f"The training {facts['unit']}s of each fold of the same data; {facts['training']}; {facts['missing']}.", "", f"Origin, consent: {yours}",
+        ],
+        "Quantitative analyses": [
+            facts["headline"] + ".", "", *markdown_table(["Per video", *context.inits], rows), "",
+            *markdown_table(["Share of the class recognised", *context.inits], classes), "", "Intervals, calibration and sub-groups: report.html.",
+        ],
+        "Ethical considerations": [f"{facts['privacy'][0].upper()}{facts['privacy'][1:]}. Approval, consent, risks: {yours}"],
+        "Caveats and recommendations": [f"- {line}" for line in cautions(context.config, metrics, context.splits.warnings)],
+    }
+    intro = [f"# Model card: {facts['title']}", "", facts["stamp_line"], ""]
+    return "\n".join(intro + [line for title, lines in topics.items() for line in (f"## {title}", "", *lines, "")])

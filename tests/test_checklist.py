@@ -1,0 +1,70 @@
+"""Checklists and model card: complete, filled with this run's facts, the rest left to the authors, nothing private."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fake_experiment import FakeExperiment
+
+from pipeline.evaluation.checklist import CLAIM, TO_FILL, TRIPOD_AI, filled
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.model_card import markdown_table
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    fake = FakeExperiment(
+        tmp_path_factory.mktemp("checklist"), classes=["a|b", "c"],
+        params={"data": {"pseudonym_key": "top-secret-key", "source": "/home/clinic/videos"}, "evaluate": {"bootstrap": 100, "title": "Lung study"}},
+    )
+    for folder in fake.folders:
+        fake.edit_card(folder.name, selection="best_on_test", stamp="optimistic (selected on test)")
+    metrics = evaluate(fake.config, fake.folders, fake.splits, fake.store(), fake.root / "out")
+    return metrics, *((fake.root / "out" / name).read_text(encoding="utf-8") for name in ("checklist.md", "model_card.md", "report.html"))
+
+
+def test_lists__hold_every_item_once():
+    """TRIPOD+AI: 27 items with letters, 52 in all; CLAIM 2024: 44."""
+    numbers = [row[0] for row in TRIPOD_AI]
+    assert [int(number) for number in dict.fromkeys(re.sub(r"\D", "", number) for number in numbers)] == list(range(1, 28))
+    assert len(numbers) == len(set(numbers)) == 52
+    assert [row[0] for row in CLAIM] == [str(number) for number in range(1, 45)]
+
+
+def test_lists__what_no_run_can_know_is_left_to_the_authors():
+    rows = {number: answer for number, _, answer, _ in filled(TRIPOD_AI, dict.fromkeys(re.findall(r"{(\w+)}", str(TRIPOD_AI)), "x"))}
+    assert {rows[number] for number in ("3a", "5b", "17", "18a", "18b", "18d", "19")} == {TO_FILL}
+    assert TO_FILL not in {rows[number] for number in ("2", "12a", "13", "23a")}
+
+
+def test_files__tell_of_this_run(written):
+    metrics, checklist, card, page = written
+    for text in (checklist, card):
+        assert metrics["headline"] in text and "Lung study" in text and "optimistic (selected on test)" in text
+        assert "top-secret-key" not in text and "/home/clinic" not in text and "http" not in text
+    assert "keyed pseudonyms" in checklist and " pretrained by ucl, fine-tuned (" in checklist
+    titles = re.findall(r"^## (.*)", card, re.MULTILINE)
+    assert titles == [
+        "Model details", "Intended use", "Factors", "Metrics", "Evaluation data", "Training data", "Quantitative analyses",
+        "Ethical considerations", "Caveats and recommendations",
+    ]
+    # A bar in a class name does not break a row.
+    assert "a\\|b" in card and all(line.count("|") - line.count("\\|") in (4, 5) for line in card.splitlines() if line.startswith("|"))
+    assert metrics["checklist"]["CLAIM 2024"] == {"filled": 44 - checklist_left(CLAIM), "to_fill": checklist_left(CLAIM), "items": 44}
+
+
+def checklist_left(rows) -> int:
+    return sum(not row[2] for row in rows)
+
+
+def test_report__lists_are_folded_and_open_on_paper(written):
+    page = written[3]
+    section = re.search(r'<section id="checklist">.*?</section>', page, re.DOTALL).group(0)
+    assert section.count("<details>") == section.count("</details>") == 2 and "TRIPOD+AI 2024" in section
+    assert page.index('id="made"') < page.index('id="checklist"') and 'href="#checklist"' in page
+    assert "details::details-content" in page[page.index("@media print"):]
+
+
+def test_markdown__cells_stay_in_their_row():
+    assert markdown_table(["x"], [["a|b\nc"]])[-1] == "| a\\|b c |"
