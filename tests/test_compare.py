@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.errors import DataError
-from pipeline.evaluation.compare import Comparison, Settings, compare, compare_by
+from pipeline.evaluation.compare import Settings, compare, compare_by
 from pipeline.evaluation.compare_numbers import Measured, difference
 from pipeline.evaluation.compare_sources import Finder, read_experiment
 from pipeline.evaluation.compare_tables import as_csv, as_markdown, cannot, grids, headline, protocol
@@ -33,6 +34,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "cwd"))
+    monkeypatch.setattr("pipeline.evaluation.compare_numbers.permutations", lambda metric, units: 500)
 
 
 def predictions(
@@ -104,7 +106,7 @@ def test_compare__agrees_with_the_statistics_of_one_run(tmp_path: Path) -> None:
     for metric in ("balanced_accuracy", "macro_auroc", "brier"):
         found = compare(names, Settings(metric=metric, replicates=300))
         first, second = (Scores.from_table(pd.read_csv(Path(name) / "reports/evaluate/predictions_video.csv"), ["a", "b"]) for name in reversed(names))
-        drawn, tested = paired_bootstrap(first, second, metric, replicates=300), permutation_test(first, second, metric)
+        drawn, tested = paired_bootstrap(first, second, metric, replicates=300), permutation_test(first, second, metric, permutations=500)
         pair = found.pairs[0]
         assert (pair.value, pair.low, pair.high) == pytest.approx((drawn.difference, drawn.low, drawn.high))
         assert pair.p == pytest.approx(tested.p_value)
@@ -133,7 +135,9 @@ def test_compare__equal_seeds_change_no_interval(tmp_path: Path) -> None:
 
 
 def test_compare__join_seeds_finds_what_belongs_together(tmp_path: Path) -> None:
-    names = [project(tmp_path / f"{method}-s{seed}", seeds=(seed,), params={"pretrain": {"method": method}}) for method in ("ucl", "simclr") for seed in range(2)]
+    names = [
+        project(tmp_path / f"{method}-s{seed}", seeds=(seed,), params={"pretrain": {"method": method}}) for method in ("ucl", "simclr") for seed in range(2)
+    ]
     found = compare(names, Settings(replicates=200, join_seeds=True))
     assert [row.name for row in found.rows] == ["ucl", "simclr"] and [len(row.members) for row in found.rows] == [2, 2]
 
@@ -210,13 +214,16 @@ def test_refused__joining_experiments_that_differ_in_more_than_seeds(tmp_path: P
     one, two = project(tmp_path / "one"), project(tmp_path / "two", seeds=(1,), params={"pretrain": {"epochs": 3}})
     refused([one, f"{one}+{two}"], r"differ in more than pretrain.seed and finetune.seeds: pretrain.epochs \(\d+ and 3\)")
     same = project(tmp_path / "same", params={"evaluate": {"bootstrap": 500}, "pretrain": {"memory_budget_mb": 9}})
+    other = project(tmp_path / "other", params={"pretrain": {"method": "simclr"}})
+    refused([one, f"{one}+{other}"], r"more than pretrain.seed and finetune.seeds: pretrain.method \(ucl and simclr\). Give them as two rows")
     refused([one, f"{one}+{same}"], "same parameters and the same seeds: one of them is enough")
     refused([one, f"{one}+"], "write A.B.C or NAME=A.B.C, without spaces")
 
 
 def test_refused__unequal_folds(tmp_path: Path) -> None:
     names = [project(tmp_path / "one"), project(tmp_path / "two", fold_shift=1)]
-    refused(names, r"not judged on the same folds: 48 of 48 units are tested in other folds \(folds 0, 1, 2\), for example 0{16}: fold 1 in 'two', fold 0 in 'one'")
+    words = r"not judged on the same folds: 48 of 48 units are tested in other folds \(folds 0, 1, 2\), for example 0{16}: fold 1 in 'two', fold 0 in 'one'"
+    refused(names, words)
 
     def swapped(table: pd.DataFrame) -> pd.DataFrame:
         place = {"P0000000000": 1, "P0000000002": 0}
@@ -229,10 +236,14 @@ def test_refused__unequal_folds(tmp_path: Path) -> None:
 def test_refused__unequal_patients_labels_classes_seeds_repeats(tmp_path: Path) -> None:
     one = project(tmp_path / "one")
     refused([one, project(tmp_path / "fewer", patients=22)], r"not judged on the same data: 4 only in 'one', such as 0{6}1600000000")
-    other = project(tmp_path / "label", edit=lambda t: t.assign(label=[{"a": "b", "b": "a"}[label] if v.startswith("00000003") else label for v, label in zip(t.video, t.label)]))
+    swap = {"a": "b", "b": "a"}
+    other = project(
+        tmp_path / "label", edit=lambda t: t.assign(label=[swap[label] if v.startswith("00000003") else label for v, label in zip(t.video, t.label)])
+    )
     refused([one, other], r"differ in the label of 2 of 48 units, such as 0000000300000000 \(a and b\): the labels table has changed")
     refused([one, project(tmp_path / "key", edit=lambda t: t.assign(patient="Q" + t.patient))], "differ in the patient of 48 of 48 units.*pseudonym_key")
-    refused([one, project(tmp_path / "class", edit=lambda t: t.rename(columns={"p_b": "p_c"}).replace({"label": {"b": "c"}}))], "different classes: a, c and a, b")
+    third = project(tmp_path / "class", edit=lambda t: t.rename(columns={"p_b": "p_c"}).replace({"label": {"b": "c"}}))
+    refused([one, third], "different classes: a, c and a, b")
     refused([one, project(tmp_path / "seeds", seeds=(0, 1))], "different seeds: 0, 1 and 0. Differences are paired by seed: give the missing runs")
     refused([one, project(tmp_path / "repeats", repeats=2)], "different repeats: 0, 1 and 0")
 
@@ -363,7 +374,7 @@ def test_picture__one_row_an_experiment_seeds_as_dots(tmp_path: Path, monkeypatc
     assert len(left.get_yticklabels()) == len(marks(left, "value")) == len(marks(left, "interval")) == count
     assert len(marks(left, "seeds")) == count and len(marks(right, "difference")) == count - 1
     boxes = [label.get_window_extent() for label in left.get_yticklabels()]
-    assert all(not one.overlaps(other) for one, other in zip(boxes, boxes[1:])) and min(box.x0 for box in boxes) >= 0
+    assert all(not one.overlaps(other) for one, other in pairwise(boxes)) and min(box.x0 for box in boxes) >= 0
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -9,7 +9,7 @@ Refuses what was not judged on the same videos in the same folds, and says what 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -108,7 +108,7 @@ class Comparison:
             "lower_is_better": asked.metric in LOWER_IS_BETTER, "counts": dict(self.counts), "classes": list(self.classes),
             "rows": [row.as_dict() for row in self.rows], "differences": [pair.as_dict() for pair in self.pairs],
             "differing_parameters": {key: list(values) for key, values in self.differing.items()}, "warnings": list(self.warnings),
-            "curve": None if self.curve is None else {"key": self.curve.key, "values": list(self.curve.values), "lines": {k: dict(v) for k, v in self.curve.lines.items()}},
+            "curve": asdict(self.curve) if self.curve else None,
         }
 
 

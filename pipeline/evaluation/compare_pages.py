@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from pipeline.evaluation.compare import LOWER_IS_BETTER, Comparison
-from pipeline.evaluation.compare_numbers import Difference
-from pipeline.evaluation.compare_tables import NAMES, as_csv, as_markdown, cannot, grids, headline, number, pairs_csv, protocol, rests_on
+from pipeline.evaluation.compare_tables import NAMES, as_csv, as_markdown, cannot, grids, headline, is_shown, number, pairs_csv, protocol, rests_on
 from pipeline.evaluation.plots import CLASS_COLORS, INK, LINES, MUTED, card
 from pipeline.evaluation.report import Picture, page_environment
 from pipeline.files import atomic_write, write_json
@@ -36,10 +35,6 @@ def _wrapped(name: str, stamp: str = "") -> str:
     return "\n".join([*lines, *(textwrap.wrap(f"[{stamp}]", NAME_WIDTH + 6)[:2] if stamp else [])]).replace("$", r"\$")
 
 
-def _is_shown(pair: Difference | None, confidence: float) -> bool:
-    return bool(pair and pair.p_holm is not None and pair.p_holm <= 1 - confidence and pair.low is not None and (pair.low > 0 or (pair.high or 0) < 0))
-
-
 def _bar(axes: Axes, low: float | None, high: float | None, y: float, color: str) -> None:
     if low is not None and high is not None:
         axes.plot([low, high], [y, y], color=color, linewidth=2.6, alpha=0.5, solid_capstyle="round", gid="interval")
@@ -55,7 +50,7 @@ def draw_comparison(path: Path, found: Comparison) -> None:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1.15, 1])
         for index, (row, y) in enumerate(zip(found.rows, places, strict=True)):
             value, pair = row.values[asked.metric], found.to(row.name)
-            color = MUTED if row.name == found.reference else SHOWN if _is_shown(pair, asked.confidence) else ACCENT
+            color = MUTED if row.name == found.reference else SHOWN if is_shown(pair, asked.confidence) else ACCENT
             if index % 2 == 0:
                 for axes in (left, right):
                     axes.axhspan(y - heights[index] / 2, y + heights[index] / 2, color="#f4f6f8", linewidth=0, zorder=0)
@@ -102,8 +97,9 @@ def _frame(left: Axes, right: Axes, found: Comparison) -> None:
     other = textwrap.shorten(found.reference, 40, placeholder="…").replace("$", r"\$")
     right.set_title(f"Difference to {other}" if not (found.curve and len(found.curve.lines) > 1) else "Difference to the reference line")
     right.set_xlabel(f"paired difference and {percent} interval; p corrected by Holm")
-    ends = max(map(abs, right.get_xlim()))
-    right.set_xlim(-ends, ends)
+    ends = right.get_xlim()
+    room = 0.06 * (ends[1] - ends[0])
+    right.set_xlim(min(ends[0], -room), max(ends[1], room))
 
 
 def draw_curves(path: Path, found: Comparison) -> None:

@@ -61,6 +61,9 @@ def joined(members: Sequence[Experiment], name: str = "") -> Group:
     first = members[0]
     for other in members[1:]:
         keys = unequal(first.params, other.params)
+        if "pretrain.method" in keys:
+            # Each method has a block of its own, whose keys would bury what matters.
+            keys = ["pretrain.method", *(key for key in keys if key != "pretrain.method" and not key.startswith("methods."))]
         if keys:
             shown = ", ".join(f"{key} ({first.params.get(key, 'not there')} and {other.params.get(key, 'not there')})" for key in keys[:6])
             raise DataError(

@@ -245,7 +245,9 @@ class Finder:
         try:
             path = Path(self._client.download_artifacts(run.info.run_id, file, folder))
         except Exception as error:  # stores raise what they like
-            raise DataError(f"compare: MLflow's run '{name}' has no artifact {file} ({type(error).__name__}): it may be older than this file") from None
+            raise DataError(
+                f"compare: MLflow's run '{name}' has no artifact {file} ({type(error).__name__}): it is older than this file; --level video may do"
+            ) from None
         return _decoded(path.read_bytes(), f"{file} of '{name}'")
 
 

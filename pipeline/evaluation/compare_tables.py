@@ -11,7 +11,7 @@ from pipeline.evaluation.compare import LOWER_IS_BETTER, Comparison, Row
 from pipeline.evaluation.compare_numbers import METRICS, Difference, permutations
 from pipeline.files import csv_text
 
-__all__ = ["NAMES", "Grid", "as_csv", "as_markdown", "cannot", "grids", "headline", "number", "pairs_csv", "protocol", "rests_on"]
+__all__ = ["NAMES", "Grid", "as_csv", "as_markdown", "cannot", "grids", "headline", "is_shown", "number", "pairs_csv", "protocol", "rests_on"]
 
 NAMES = {
     "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "macro_f1": "macro F1", "macro_auroc": "AUROC", "log_loss": "log loss",
@@ -141,54 +141,70 @@ def _differing(found: Comparison) -> Grid:
 
 def headline(found: Comparison) -> str:
     """What may be said after correction, in a sentence or two."""
-    metric, asked = NAMES[found.settings.metric], found.settings
-    pairs = [pair for pair in found.pairs if pair.value is not None]
-    limit = 1 - asked.confidence
-    shown = [
-        pair for pair in pairs
-        if pair.p_holm is not None and pair.p_holm <= limit and pair.low is not None and pair.high is not None and (pair.low > 0 or pair.high < 0)
-    ]
-    what = f"{len(pairs)} {'difference' if len(pairs) == 1 else 'differences'} in {metric}"
+    asked, pairs = found.settings, [pair for pair in found.pairs if pair.value is not None]
+    if not pairs:
+        return f"No difference in {NAMES[asked.metric]} can be computed: see the table for why."
+    shown = [pair for pair in pairs if is_shown(pair, asked.confidence)]
+    what = f"{len(pairs)} differences in {NAMES[asked.metric]}"
+    if not shown and len(pairs) == 1:
+        return f"A difference in {NAMES[asked.metric]} is not shown: the data are compatible with none."
     if not shown:
-        return f"None of the {what} is shown: after correction for their number the data are compatible with no difference." if len(pairs) > 1 else (
-            f"A difference in {metric} is not shown: the data are compatible with none."
-        )
+        return f"None of the {what} is shown: after correction for their number the data are compatible with no difference."
     listed = "; ".join(
-        f"{pair.first} against {pair.second} {_interval(pair.value, pair.low, pair.high, asked.metric, '+')}, corrected p {_p(pair.p_holm)}" for pair in shown[:6]
+        f"{pair.first} against {pair.second} {_interval(pair.value, pair.low, pair.high, asked.metric, '+')}, corrected p {_p(pair.p_holm)}"
+        for pair in shown[:6]
     )
     more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+    if len(pairs) == 1:
+        return f"The difference in {NAMES[asked.metric]} is shown: {listed}."
     return f"{len(shown)} of {what} {'is' if len(shown) == 1 else 'are'} shown after correction: {listed}{more}."
+
+
+def is_shown(pair: Difference | None, confidence: float) -> bool:
+    """Whether interval and corrected test agree that there is a difference."""
+    if pair is None or pair.p_holm is None or pair.low is None or pair.high is None:
+        return False
+    return pair.p_holm <= 1 - confidence and (pair.low > 0 or pair.high < 0)
 
 
 def protocol(found: Comparison) -> list[str]:
     """How the numbers came about, in sentences."""
     asked, counts = found.settings, found.counts
     several = counts["seeds"] > 1 or counts["repeats"] > 1
-    tested = next((pair for pair in found.pairs if pair.p is not None), None)
-    stamped = any(row.stamp for row in found.rows)
-    how = f"all {2 ** counts['patients']} exchanges" if tested and tested.exact else (
-        f"{permutations(asked.metric, 2 * counts['units'] * counts['seeds'] * counts['repeats']):,} random exchanges".replace(",", " ")
-    )
+    stamped = ", except where a stamp says otherwise" if any(row.stamp for row in found.rows) else ""
+    unit = "frame" if asked.level == "frame" else "video"
     lines = [
-        f"All rows were judged on the same {rests_on(found)}; labels, patients and folds were checked to be equal. Every {'video' if asked.level != 'frame' else 'frame'} "
-        f"was judged by networks fine-tuned without its patient{', except where a stamp says otherwise' if stamped else ''} (initialisation: {asked.initialisation}).",
+        f"All rows were judged on the same {rests_on(found)}; labels, patients and folds were checked to be equal. Every {unit} was judged by "
+        f"networks fine-tuned without its patient{stamped} (initialisation: {asked.initialisation}).",
         "Folds are pooled before a metric is computed" + ("; the value is the mean over seeds and repeats." if several else "."),
-        f"Intervals of values ({asked.confidence:.0%}): linearised over patients, as in the report. Intervals of differences: percentiles of {asked.replicates} bootstrap "
-        "samples that draw whole patients with replacement, all their videos and seeds together; both rows meet the same draws.",
-        f"p: two-sided permutation test that exchanges the two rows' predictions patient by patient ({how}). p (Holm): corrected for "
+        f"Intervals of values ({asked.confidence:.0%}): linearised over patients, as in the report. Intervals of differences: expanded percentiles of "
+        f"{asked.replicates} bootstrap samples that draw whole patients with replacement, all their videos and seeds together; both rows meet the same draws.",
+        f"p: two-sided permutation test that exchanges the two rows' predictions patient by patient ({_exchanges(found)}). p (Holm): corrected for "
         f"{len(found.pairs)} comparison{'' if len(found.pairs) == 1 else 's'}.",
     ]
     folds = next((pair.folds for pair in found.pairs if pair.folds and pair.folds.get("p_value") is not None), None)
     if folds:
         lines.append(
             f"p (over folds): corrected resampled t-test (Nadeau and Bengio 2003) on {folds['count']} fold differences"
-            f"{', means over seeds' if counts['seeds'] > 1 else ''}, test/training = {folds['test_over_train']:.2f}; a different question from p, with little power for few folds."
+            f"{', means over seeds' if counts['seeds'] > 1 else ''}, test/training = {folds['test_over_train']:.2f}; a question of its own (what would "
+            "other folds give?), with little power for few folds. Not corrected."
         )
     if any("McNemar" in pair.others for pair in found.pairs):
-        lines.append("p (McNemar): from the units where only one of the two is right, clustered by patient (Obuchowski 1998); mid-p where each patient gives one unit.")
+        lines.append(
+            "p (McNemar): from the units where only one of the two is right, clustered by patient (Obuchowski 1998); mid-p where each patient gives "
+            "one unit. Not corrected."
+        )
     if any(name.startswith("DeLong") for pair in found.pairs for name in pair.others):
-        lines.append("DeLong: clustered by patient (Obuchowski 1997)" + (", all seeds pooled." if several else "."))
+        lines.append("DeLong: clustered by patient (Obuchowski 1997)" + (", all seeds pooled. Not corrected." if several else ". Not corrected."))
     return lines
+
+
+def _exchanges(found: Comparison) -> str:
+    if any(pair.exact for pair in found.pairs):
+        return f"all {2 ** found.counts['patients']} exchanges"
+    counts = found.counts
+    drawn = permutations(found.settings.metric, 2 * counts["units"] * counts["seeds"] * counts["repeats"])
+    return f"{drawn:,} random exchanges".replace(",", " ")
 
 
 def cannot(found: Comparison) -> list[str]:
@@ -205,10 +221,10 @@ def cannot(found: Comparison) -> list[str]:
     )
     if found.counts["seeds"] == 1:
         lines.append(
-            "One seed a row: what another start of the same training would give is in no interval. Differences of a few hundredths are often no more than that "
-            "(join seeds: NAME=A-s0+A-s1+A-s2)."
+            "One seed a row: what another start of the same training would give is in no interval, and differences of a few hundredths are often no "
+            "more than that (join seeds: NAME=A-s0+A-s1+A-s2)."
         )
-    lines.append("The rows are a choice: rows left out because they did badly, or settings tuned on these patients, make the best of them look better than it is.")
+    lines.append("The rows are a choice: leaving out what did badly, or tuning settings on these patients, makes the best of them look better than it is.")
     return lines
 
 
