@@ -112,7 +112,7 @@ def _params(root: Path) -> tuple[Config | None, list[Check]]:
             Check("params.yaml", "problem", " | ".join(line.strip() for line in lines), "mend the keys named")
         ]
     return config, [
-        Check("params.yaml", "ok", f"valid; method {config.pretrain.method}, {len(config.split.folds)} folds")
+        Check("params.yaml", "ok", f"valid; method {config.pretrain.method}, {config.split.words}")
     ]
 
 

@@ -101,7 +101,7 @@ ORDER = """
     embed
     retrieval
     machine presets
-    doctor datasets
+    doctor datasets protocols
     cli
 """
 LEVEL = {f"pipeline.{name}": level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
@@ -136,6 +136,7 @@ UNTRACKED = {
     "embed": "reached through cli only",
     "machine": "reached through cli only",
     "presets": "reached through cli only",
+    "protocols": "reached through cli only",
     "retrieval": "reached through cli only",
     "data.limits": "ends processes that hang or want too much; a file is read the same or not at all",
     "data.pool": "starts processes; the store has the same bytes with any number",

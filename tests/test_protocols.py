@@ -1,0 +1,194 @@
+"""`sonoscope protocols`: commands that differ in the protocol only, and a table that subtracts nothing it should not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_experiment import FakeExperiment
+
+from pipeline import protocols
+from pipeline.cli import main
+from pipeline.data.splits import FRAME_LEVEL, VIDEO_LEVEL
+from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.evaluation import predictions
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.metrics import aggregate
+from pipeline.evaluation.report import stamp_words
+from pipeline.protocols import PROTOCOLS, choose_protocols, commands, run_protocols, show_protocols
+
+OPTIMISTIC = "optimistic (selected on test)"
+
+
+def finished(folder: Path, group: str, selection: str, stamp: str, skill: float = 2.0, **more: Any) -> str:
+    """The folder of a finished experiment, as far as the table reads it."""
+    params = {"data": {"group": group}, "pretrain": {"method": "random", "init": "random"}, "finetune": {"selection": selection}}
+    fake = FakeExperiment(folder, skill={"pretrained": skill}, group=group, params=params, **{"frames": 24 if group == "frame" else 4, **more})
+    videos = aggregate(predictions.test_rows(predictions.read_items(fake.folders), fake.splits), fake.classes, "video")
+    if group == "video":
+        videos = videos.assign(patient="V" + videos["video"], fold=(videos["fold"] + 1) % 3)
+    output = folder / "reports/evaluate"
+    output.mkdir(parents=True)
+    videos.to_csv(output / "predictions_video.csv", index=False)
+    (output / "metrics.json").write_text(json.dumps({"stamp": stamp or "none", "pretrained": {"stamp": stamp or "none"}}))
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No DVC project and no MLflow store around."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_table__one_row_a_protocol_with_stamp_interval_and_difference(tmp_path: Path) -> None:
+    names = [
+        finished(tmp_path / "video-test", "video", "best_on_test", f"{VIDEO_LEVEL}, {OPTIMISTIC}", 3.0),
+        finished(tmp_path / "frame-test", "frame", "best_on_test", f"{FRAME_LEVEL}, {OPTIMISTIC}", 4.0),
+        finished(tmp_path / "patient-test", "patient", "best_on_test", OPTIMISTIC, 2.5),
+        finished(tmp_path / "patient-inner", "patient", "inner", "", 0.3),
+    ]
+    lines = show_protocols(names).split("\n")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    head, _, honest, chosen, video, frame = rows
+    assert head == ["protocol", "balanced accuracy", "accuracy", "macro F1", "AUROC", "balanced accuracy minus honest", "p", "stamp"]
+    assert [row[0] for row in rows[2:]] == [PROTOCOLS[place].title for place in (0, 1, 3, 4)]
+    assert (honest[5], honest[6], honest[7]) == ("", "", "none")
+    assert [row[7] for row in rows[3:]] == [OPTIMISTIC, f"{VIDEO_LEVEL}, {OPTIMISTIC}", f"{FRAME_LEVEL}, {OPTIMISTIC}"]
+    assert " to " in chosen[5] and 0 < float(chosen[6]) <= 1, "equal folds: a paired interval and a test"
+    for row in (video, frame):
+        assert row[5] == f"{float(row[1].split()[0]) - float(honest[1].split()[0]):+.2f}" or abs(
+            float(row[5]) - (float(row[1].split()[0]) - float(honest[1].split()[0]))) <= 0.0101
+        assert row[6] == "–"
+    notes = "\n".join(line for line in lines if not line.startswith("|"))
+    assert "12 patients, 24 units, 3 folds, 1 seed" in notes
+    assert "No test for video-test, frame-test: the folds are not those of patient-inner" in notes and "more than the protocol" not in notes
+
+
+def test_table__says_when_more_than_the_protocol_differs_or_nothing_is_honest(tmp_path: Path) -> None:
+    honest = finished(tmp_path / "patient-inner", "patient", "inner", "")
+    other = finished(tmp_path / "longer", "patient", "best_on_test", OPTIMISTIC)
+    path = Path(other) / "params.yaml"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrain": {"method": "random", "init": "random", "image_size": 64}}))
+    assert "longer differs from patient-inner in more than the protocol: pretrain.image_size." in show_protocols([honest, other])
+    alone = show_protocols([other])
+    assert "No row is honest" in alone and "| – | – | optimistic" in alone
+    classes = finished(tmp_path / "three", "patient", "best_on_test", OPTIMISTIC, classes=["a", "b", "c"])
+    assert "three tells apart other classes (a, b, c), so nothing is subtracted" in show_protocols([honest, classes])
+
+
+def test_table__nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no experiment protocol-patient-inner"):
+        show_protocols([])
+    assert main(["protocols", "--show", "nowhere"]) == 2
+
+
+def test_commands__differ_in_the_protocol_only() -> None:
+    made = commands(["data.source=/clips", "++split.folds=[0,1]"], choose_protocols([]), prefix="x")
+    assert list(made) == ["x-patient-inner", "x-patient-test", "x-video-inner", "x-video-test", "x-frame-test"]
+    for protocol, (name, words) in zip(PROTOCOLS, made.items(), strict=False):
+        assert words[:6] == ["dvc", "exp", "run", "--temp", "--name", name]
+        assert words[6:10] == ["-S", "data.source=/clips", "-S", "++split.folds=[0,1]"]
+        assert words[10:] == [w for k, v in zip(protocols.KEYS, protocol.values, strict=True) for w in ("-S", f"{k}={v}")]
+    assert all("--queue" in words for words in commands([], choose_protocols([]), queue=True).values())
+    assert [one.key for one in choose_protocols(["patient-transductive", "patient-inner"])] == ["patient-inner", "patient-transductive"]
+    with pytest.raises(ConfigError, match="unknown protocol 'patient-iner'.*Did you mean 'patient-inner'"):
+        choose_protocols(["patient-iner"])
+    with pytest.raises(ConfigError, match="data.group is what the protocols differ in"):
+        commands(["++data.group=video"], choose_protocols([]))
+
+
+def test_run__one_after_another_stops_at_a_failure_and_never_overwrites(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    called: list[list[str]] = []
+
+    def fake(words: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        called.append(words)
+        return subprocess.CompletedProcess(words, 1 if len(called) == 2 else 0)
+
+    monkeypatch.setattr(protocols.subprocess, "run", fake)
+    with pytest.raises(PipelineError, match="protocol-patient-test ended with exit code 1"):
+        run_protocols([], choose_protocols([]))
+    assert len(called) == 2 and called[0][1:4] == ["-m", "dvc", "exp"]
+    assert "$ dvc exp run --temp --name protocol-patient-inner -S data.group=patient" in capsys.readouterr().out
+    monkeypatch.setattr(protocols.Finder, "knows", lambda self, name: name.endswith("video-inner"))
+    with pytest.raises(PipelineError, match="protocol-video-inner exists already.*--show protocol-video-inner.*--prefix"):
+        run_protocols([], choose_protocols([]))
+    assert len(called) == 2
+    assert run_protocols([], choose_protocols(["patient-inner"]), queue=True) == ["protocol-patient-inner"]
+
+
+def test_command__prints_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["protocols", "--print", "-S", "pretrain.method=random", "--rows", "frame-test"]) == 0
+    assert capsys.readouterr().out == (
+        "dvc exp run --temp --name protocol-frame-test -S pretrain.method=random -S data.group=frame -S finetune.selection=best_on_test "
+        "-S pretrain.scope=fold\n"
+    )
+
+
+# --- stamps reach every number -------------------------------------------------------------------------------------------
+
+
+def test_stamps__of_all_shortcuts_together_are_on_every_number(tmp_path: Path) -> None:
+    """A split by frame, an epoch chosen on test and pretraining on everything: in files, MLflow's tags, the page and the tables."""
+    from pipeline.evaluation.evaluate import log_results
+    from pipeline.tracking import NullTracker
+
+    fake = FakeExperiment(tmp_path, group="frame", frames=24, params={"data": {"group": "frame"}, "pretrain": {"method": "ucl"}})
+    for folder in fake.folders:
+        changes = {"selection": "best_on_test", "stamp": f"{FRAME_LEVEL}, {OPTIMISTIC}"}
+        if folder.name.startswith("pretrained"):
+            changes |= {"pretrain_scope": "all", "pretrain_groups": sorted(set(fake.groups.values()))}
+        fake.edit_card(folder.name, **changes)
+    output = tmp_path / "reports/evaluate"
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, output)
+    whole = f"{FRAME_LEVEL}, {OPTIMISTIC}, transductive pretraining"
+    assert metrics["stamp"] == whole and metrics["headline"].endswith(f" – {whole}")
+    assert metrics["random"]["stamp"] == f"{FRAME_LEVEL}, {OPTIMISTIC}"
+    places = [metrics["pretrained"][level] for level in ("frame", "video", "patient", "fold_mean")]
+    places += [*metrics["pretrained"]["folds"].values(), metrics["difference"]["video"]]
+    assert {place["stamp"] for place in places} == {whole}
+    short = json.loads((output / "metrics.json").read_text())
+    assert (short["stamp"], short["pretrained"]["stamp"]) == (whole, whole)
+    for name in ("predictions.csv", "predictions_video.csv", "predictions_patient.csv"):
+        assert whole in (output / name).read_text(encoding="utf-8").splitlines()[1]
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for sentence in stamp_words(whole):
+        assert sentence in page
+    assert "Frames of the tested videos were trained on" in page and "No group is on both sides" not in page
+    tags: dict[str, str] = {}
+
+    class Recorder(NullTracker):
+        def set_tags(self, values: Any) -> None:
+            tags.update(values)
+
+        set_parent_tags = set_tags
+
+    log_results(Recorder("evaluate"), metrics, output)
+    assert tags["stamp"] == whole
+    assert whole in show_protocols([str(tmp_path)])
+
+
+def test_repeats__numbers_are_means_over_repeats_with_their_spread(tmp_path: Path) -> None:
+    fake = FakeExperiment(tmp_path, repeats=2, skill={"pretrained": 2.0})
+    columns = [f"p_{name}" for name in fake.classes]
+    for fold in fake.splits.folds:
+
+        def change(table: Any, right: bool = fold.repeat == 0) -> Any:
+            table[columns] = [[0.9, 0.1] if (label == "a") == right else [0.1, 0.9] for label in table["label"]]
+            return table
+
+        fake.edit_table(f"pretrained-seed0-fold{fold.fold}", change)
+    config = fake.config.model_copy(update={"finetune": fake.config.finetune.model_copy(update={"initialisations": ["pretrained"]})})
+    metrics = evaluate(config, fake.folders, fake.splits, None, tmp_path / "out")
+    video = metrics["pretrained"]["video"]
+    assert video["balanced_accuracy"] == 0.5 and video["balanced_accuracy_repeat_sd"] == pytest.approx(2**-0.5)
+    assert video["confusion"] == [[6, 6], [6, 6]] and video["n"] == 24, "one repeat holds every video once"
+    assert (metrics["folds"], metrics["repeats"], len(metrics["pretrained"]["folds"])) == (3, 2, 6)
+    assert metrics["majority"]["video"]["accuracy"] == 0.5
+    assert metrics["headline"].endswith("12 patients, 24 videos, 3 folds × 2 repeats")
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "fold 5, repeat 1" in page and "SD over repeats, pooled" in page and "3 folds × 2 repeats" in page
+    lines = (tmp_path / "out/predictions_video.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("init,seed,fold,repeat,part,video,patient,label") and len(lines) == 1 + 2 * 24
