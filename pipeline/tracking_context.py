@@ -24,8 +24,8 @@ from pipeline.config import Config, fingerprint, pretraining_name
 from pipeline.files import hash_file
 
 __all__ = [
-    "ExecutionFacts", "environment_tags", "execution_facts", "flatten", "git_revision", "gpu_tags", "readable", "shown_params", "slug",
-    "stage_params",
+    "PRIVATE_KEYS", "ExecutionFacts", "environment_tags", "execution_facts", "flatten", "git_output", "git_revision", "gpu_tags", "readable",
+    "shown_params", "slug", "stage_params",
 ]
 
 # Values that say where data lie, who is in them, or that are free text. Their effect on a result is carried by the data
@@ -114,7 +114,7 @@ def stage_params(params: Mapping[str, str], stage: str) -> dict[str, str]:
     return {key: value for key, value in params.items() if key.split(".", 1)[0] in sections}
 
 
-def _git(*arguments: str) -> tuple[int, str]:
+def git_output(*arguments: str) -> tuple[int, str]:
     """Exit code and output of git in the working copy that runs; a queued experiment has one of its own."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
@@ -126,13 +126,13 @@ def _git(*arguments: str) -> tuple[int, str]:
 
 def git_revision() -> str:
     """The commit of the working copy; empty outside of git."""
-    code, head = _git("rev-parse", "HEAD")
+    code, head = git_output("rev-parse", "HEAD")
     return head if code == 0 else ""
 
 
 def changed_params(config: Config) -> dict[str, str]:
     """Parameters that differ from params.yaml of the commit the experiment started from; {} where that cannot be told."""
-    code, text = _git("show", f"{os.environ.get('DVC_EXP_BASELINE_REV') or 'HEAD'}:./params.yaml")
+    code, text = git_output("show", f"{os.environ.get('DVC_EXP_BASELINE_REV') or 'HEAD'}:./params.yaml")
     try:
         raw = yaml.safe_load(text) if code == 0 else None
     except yaml.YAMLError:
@@ -168,7 +168,7 @@ def spoken_params(changed: Mapping[str, str], known: Mapping[str, str]) -> str:
 def execution_facts(config: Config) -> ExecutionFacts:
     """Collect what identifies this execution: the same in every stage process of one `dvc repro` or `dvc exp run`."""
     head = git_revision()
-    dirty = _git("diff", "--quiet", "HEAD", "--", ".", *GENERATED)[0] == 1 if head else False
+    dirty = git_output("diff", "--quiet", "HEAD", "--", ".", *GENERATED)[0] == 1 if head else False
     experiment = os.environ.get("DVC_EXP_NAME", "")
     determining = config.model_dump(mode="json", exclude={"tracking": True, "launch": True, "methods": True})
     # A guess at a weak key must not be checkable against a number that a shared server shows.

@@ -78,7 +78,7 @@ ORDER = """
     evaluation.calibration_results
     evaluation.calibration_pages
     evaluation.saliency
-    evaluation.model_card
+    evaluation.model_card evaluation.reproduction
     evaluation.checklist
     evaluation.feature_pages evaluation.curve_pages evaluation.explanations
     evaluation.shortcuts evaluation.subgroups evaluation.records

@@ -33,18 +33,11 @@ from pipeline.evaluation.report import (
     verdict,
     write_report,
 )
+from pipeline.evaluation.reproduction import commands
 from pipeline.evaluation.summary import METRICS
 from pipeline.tracking_context import shown_params, slug
 
 __all__ = ["Results", "write_pages"]
-
-COMMANDS = [
-    ("dvc repro", "runs everything again; stages whose inputs did not change are taken from the cache"),
-    ("dvc metrics show", "the numbers of this report as text; dvc metrics diff compares with another revision"),
-    ("dvc exp run -S pretrain.epochs=100", "the same experiment with another parameter"),
-    ("sonoscope ui", "opens MLflow with all runs and learning curves"),
-]
-
 
 @dataclass(frozen=True)
 class Results:
@@ -105,12 +98,19 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         right=right,
         wrong_total=int((~judged["correct"]).sum()),
         parameters=sorted(shown_params(config).items()),
-        commands=COMMANDS,
+        commands=commands(),
+        seeds=_seeds(config),
         warnings=warnings,
         features=features,
         sections=results.sections,
     )
     write_report(output / "report.html", page)
+
+
+def _seeds(config: Config) -> str:
+    seeds = {"split": config.split.seed, "pretraining": config.pretrain.seed, "fine-tuning": ", ".join(map(str, config.finetune.seeds))}
+    listed = "; ".join(f"{name} {value}" for name, value in (seeds | {"bootstrap and permutations": config.evaluate.seed}).items())
+    return f"Seeds: {listed}. On the same kind of machine equal seeds give equal numbers; on another, training may differ in the last digits and from there on."
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> list[Table]:

@@ -122,6 +122,7 @@ class ReportContent:
     wrong_total: int = 0
     parameters: Sequence[tuple[str, str]] = ()
     commands: Sequence[tuple[str, str]] = ()
+    seeds: str = ""
     warnings: Sequence[str] = ()
     features: FeatureSection | None = None
     sections: Sequence[Section] = ()
