@@ -439,7 +439,7 @@ class EvaluateParams(Section):
     phase_convention: Literal["union", "gt", "all"] = "union"
     """Phases in the macro F1 of a video with labels of frames: those in labels or predictions, in the labels, or all."""
     bootstrap: int = Field(2000, ge=100)
-    """Patient-level bootstrap replicates."""
+    """Draws of patients for intervals of differences, curves and calibration."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     seed: int = Field(0, ge=0, lt=2**32)
     neighbors: int = Field(5, ge=1, le=50)

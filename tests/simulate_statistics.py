@@ -2,7 +2,7 @@
 
     python tests/simulate_statistics.py [--quick]
 
-Prints the Markdown tables of docs/statistics.md (about 5 minutes on one core; `--quick`: half a minute, coarser). Every
+Prints the Markdown tables of docs/statistics.md (3 minutes of one core; `--quick`: half a minute, coarser). Every
 number is a share of simulated studies; `±` is its Monte Carlo standard error.
 """
 
@@ -31,6 +31,7 @@ MIX = (0.4, 0.35, 0.25)
 SIZES = (15, 30, 60, 120)
 METRICS = ("balanced_accuracy", "macro_f1", "auroc.c")
 """For the last, `patient_intervals` gives DeLong's interval."""
+WORDS = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc.c": "AUROC of class c"}
 POSITION = 2
 SKILLS = {"middling": 1.5, "good": 3.0}
 Hits = dict[str, list[float]]
@@ -94,8 +95,8 @@ def coverage(patients: int, skill: float, trials: int, *, replicates: int = 400,
         for kind, intervals in found.items():
             for name, (low, high) in intervals.items():
                 none = not high - low > 1e-9
-                held[f"{name}: {kind}"].append(np.nan if none else low <= wanted[name] <= high)
-                length[f"{name}: {kind}"].append(np.nan if none else high - low)
+                held[f"{WORDS[name]}: {kind}"].append(np.nan if none else low <= wanted[name] <= high)
+                length[f"{WORDS[name]}: {kind}"].append(np.nan if none else high - low)
     return dict(held), dict(length)
 
 
@@ -186,7 +187,7 @@ def table(title: str, columns: Mapping[int, Hits], lengths: Mapping[int, Hits] |
             extra = f", {float(np.nanmean(lengths[count][name])):.2f} long" if lengths else ""
             lacking = f", none in {100 * without / len(hits[name]):.0f} %" if without >= 0.005 * len(hits[name]) else ""
             cells.append(f"{100 * mean:.1f} ± {100 * error:.1f}{extra}{lacking}")
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for word, skill in SKILLS.items():
         known = truth(skill)
         found = {count: coverage(count, skill, trials) for count in SIZES}
-        values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in known.items())
+        values = ", ".join(f"{WORDS[name]} {value:.3f}" for name, value in known.items())
         print(f"\nIntervals, {word} model ({values}): % of {trials} studies whose 95 % interval holds the truth\n")
         print(table("interval", {count: part[0] for count, part in found.items()}, {count: part[1] for count, part in found.items()}), flush=True)
     print(f"\nTests of two equally good models: % of {trials} studies with p <= 0.05 (5 is right)\n")

@@ -137,6 +137,8 @@ def _percentiles(values: np.ndarray, confidence: float, found: Influence) -> tup
     factor, degrees = found.widening
     tail = stats.norm.cdf(factor * stats.t.ppf((1 - confidence) / 2, degrees))
     low, high = np.quantile(defined, [tail, 1 - tail])
+    if high - low < 1e-9:
+        return None, None, len(defined), SAME
     return float(low), float(high), len(defined), ""
 
 
@@ -191,7 +193,8 @@ def paired_bootstrap(
 ) -> Comparison:
     """Interval of the difference `first - second`, drawing the same patients for both; percentiles as in `bootstrap_intervals`.
 
-    The sets must cover the same patients; their units may differ (another number of seeds, say).
+    The sets must cover the same patients; their units may differ (another number of seeds, say). Without any spread
+    between patients (equal predictions, for one) there is no interval: that is no proof of certainty about others.
 
     Raises:
         DataError: patients or classes differ, no rows, or the metric is unknown.
