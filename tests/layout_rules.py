@@ -75,6 +75,7 @@ ORDER = """
     evaluation.roc_tests evaluation.decision_tests
     evaluation.report
     evaluation.summary evaluation.content evaluation.parts
+    evaluation.choices
     evaluation.calibration_results
     evaluation.calibration_pages
     evaluation.saliency

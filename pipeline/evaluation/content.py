@@ -22,6 +22,7 @@ from pipeline.evaluation.report import METRIC_NAMES, Table, number, p_words, sig
 __all__ = [
     "CURVE_NAMES",
     "choose_cases",
+    "chosen_words",
     "class_tables",
     "comparison_table",
     "curve_columns",
@@ -401,12 +402,19 @@ def curve_columns(curves: Mapping[str, pd.DataFrame]) -> list[str]:
     return sorted(found, key=rank)[:MAX_PANELS]
 
 
+def chosen_words(values: Mapping[str, Any]) -> str:
+    """`optimizer.lr 0.01, trainable linear`; a dash where nothing was chosen."""
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "–"
+
+
 def training_table(items: Sequence[Any]) -> Table:
     """How every fine-tuned model came about: chosen epoch, selection rule, pretraining scope, duration."""
     rows = []
+    nested = any((item.card.model_extra or {}).get("nested") for item in items)
     for item in items:
         card = item.card
         extra = card.model_extra or {}
+        chosen = (extra.get("nested") or {}).get("values") or {}
         rows.append(
             [
                 item.name,
@@ -417,7 +425,9 @@ def training_table(items: Sequence[Any]) -> Table:
                 card.selection,
                 "–" if card.selected_epoch is None else card.selected_epoch,
                 number(extra.get("seconds"), 0),
+                *([chosen_words(chosen)] if nested else []),
             ]
         )
     columns = ["Model", "Method", "Starting weights", "Pretraining scope", "Training groups", "Epoch chosen by", "Epoch", "Seconds"]
+    columns += ["Recipe chosen"] if nested else []
     return Table("Fine-tuned models", columns, rows, ["Training groups", "Epoch", "Seconds"])

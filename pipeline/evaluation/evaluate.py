@@ -18,6 +18,7 @@ from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation.calibration_pages import calibration_part
 from pipeline.evaluation.checklist import checklist_part
+from pipeline.evaluation.choices import choices_part
 from pipeline.evaluation.curve_pages import curves_part
 from pipeline.evaluation.explanations import explanations_part
 from pipeline.evaluation.feature_pages import feature_results
@@ -41,6 +42,7 @@ PARTS: tuple[Callable[[Context], Part | None], ...] = (
     subgroups_part,
     calibration_part,
     shortcuts_part,
+    choices_part,
     checklist_part,
 )
 """The topics beside the main numbers, in the order of the report."""
