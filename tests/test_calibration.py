@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,12 +13,15 @@ from fake_experiment import FakeExperiment
 from scipy.special import expit, softmax
 
 from pipeline.errors import DataError
+from pipeline.evaluation import predictions
 from pipeline.evaluation.calibration import (
     LEAST_PATIENTS, brier_parts, calibration_line, calibration_metrics, chance_error, choose_threshold, fit_calibrator, net_benefit,
     reliability_points,
 )
+from pipeline.evaluation.calibration_pages import calibration_part
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.metrics import Scores, expected_calibration_error
+from pipeline.evaluation.metrics import Scores, aggregate, expected_calibration_error
+from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.weighted import draw_patients
 
 
@@ -227,66 +231,48 @@ def test_net_benefit__band_draws_patients_not_videos():
 # in an evaluation
 
 
-def run(tmp_path, name="run", **settings):
-    evaluation = settings.pop("evaluate", {})
-    fake = FakeExperiment(tmp_path / name, patients=settings.pop("patients", 30), params={"evaluate": evaluation}, **settings)
-    return fake, evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
+def experiment(folder, **settings) -> FakeExperiment:
+    return FakeExperiment(folder, **{"patients": 30, **settings})
 
 
-def change(fake, edit):
-    for folder in fake.folders:
-        fake.edit_table(folder.name, edit)
+def judged(fake: FakeExperiment, change=None) -> Part:
+    """The part alone, in a second instead of the ten of a whole evaluation; `change(table)` edits every item's rows."""
+    items = predictions.read_items(fake.folders)
+    if change:
+        items = [replace(item, table=change(item.table.copy())) for item in items]
+    table = aggregate(predictions.test_rows(items, fake.splits), fake.classes, "video")
+    inits = list(fake.skill)
+    metrics = {"seeds": len(fake.seeds), "videos": len(fake.labels), "patients": fake.patients, **{init: {"stamp": ""} for init in inits}}
+    return calibration_part(Context(fake.config, fake.splits, items, {"video": table}, metrics, None, fake.root / "out", inits, {}))
 
 
 def test_part__test_rows_never_enter_a_fit(tmp_path):
     """All test labels and all test probabilities change; every fitted number stays the same to the bit."""
-    fake, before = run(tmp_path)
+    fake = experiment(tmp_path)
+    before = judged(fake).numbers
 
     def other(table):
         test = table["part"] == "test"
-        flipped = table.loc[test, ["p_b", "p_a"]].to_numpy()
-        table.loc[test, ["p_a", "p_b"]] = 0.5 * flipped + 0.25
+        table.loc[test, ["p_a", "p_b"]] = 0.5 * table.loc[test, ["p_b", "p_a"]].to_numpy() + 0.25
         return table
 
-    change(fake, other)
-    after = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out2")
-    for init in ("pretrained", "random"):
-        assert before["calibration"][init]["items"] == after["calibration"][init]["items"]
-        assert before["calibration"][init]["items_calibrated"] == 3
-        assert before["calibration"][init]["before"]["ece"] != after["calibration"][init]["before"]["ece"]
+    def flipped(table):
+        test = table["part"] == "test"
+        table.loc[test, "label"] = table.loc[test, "label"].map({"a": "b", "b": "a"})
+        return table
 
-
-def test_part__test_labels_never_enter_a_fit(tmp_path):
-    """Every test label is another one; labels of a split agree with its rows, so the part itself is asked."""
-    from dataclasses import replace
-
-    from pipeline.evaluation.calibration_results import judge
-    from pipeline.evaluation.metrics import aggregate
-    from pipeline.evaluation.parts import Context
-    from pipeline.evaluation.predictions import read_items, test_rows
-
-    fake = FakeExperiment(tmp_path, patients=30)
-    items = read_items(fake.folders)
-    rows = test_rows(items, fake.splits)
-    context = Context(
-        fake.config, fake.splits, items, {"video": aggregate(rows, fake.classes, "video")}, {}, None, tmp_path, ["pretrained"], {}
-    )
-    first = judge(context, "pretrained", fake.classes)
-    flipped = [
-        replace(item, table=item.table.assign(label=item.table["label"].where(item.table["part"] != "test", item.table["label"].map({"a": "b", "b": "a"}))))
-        for item in items
-    ]
-    rows = test_rows(flipped, fake.splits)
-    second = judge(replace(context, items=flipped, tables={"video": aggregate(rows, fake.classes, "video")}), "pretrained", fake.classes)
-    assert first.numbers["items"] == second.numbers["items"]
-    assert first.numbers["before"]["log_loss"] != second.numbers["before"]["log_loss"]
-    name = fake.classes[0]
-    assert first.numbers["thresholds"][name]["thresholds"] == second.numbers["thresholds"][name]["thresholds"]
-    assert first.numbers["thresholds"][name]["sensitivity"] == pytest.approx(1 - second.numbers["thresholds"][name]["specificity"])
+    for change in (other, flipped):
+        after = judged(fake, change).numbers
+        for init in ("pretrained", "random"):
+            assert before[init]["items"] == after[init]["items"] and before[init]["items_calibrated"] == 3
+            assert before[init]["before"]["log_loss"] != after[init]["before"]["log_loss"]
+    first, second = (numbers["pretrained"]["thresholds"]["a"] for numbers in (before, after))
+    assert first["thresholds"] == second["thresholds"]
+    assert first["sensitivity"] == pytest.approx(1 - second["specificity"])
 
 
 def test_part__validation_rows_do(tmp_path):
-    fake, before = run(tmp_path)
+    fake = experiment(tmp_path)
 
     def surer(table):
         held = table["part"] == "validation"
@@ -294,32 +280,24 @@ def test_part__validation_rows_do(tmp_path):
         table.loc[held, ["p_a", "p_b"]] = values / values.sum(1, keepdims=True)
         return table
 
-    change(fake, surer)
-    after = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out2")
-    for old, new in zip(before["calibration"]["random"]["items"], after["calibration"]["random"]["items"], strict=True):
+    before, after = judged(fake).numbers["random"], judged(fake, surer).numbers["random"]
+    for old, new in zip(before["items"], after["items"], strict=True):
         assert new["temperature"] > old["temperature"]
-    for level in ("frame", "video", "patient"):
-        assert before["random"][level] == after["random"][level]
-
-
-def test_part__the_main_numbers_are_those_without_calibration(tmp_path):
-    _, none = run(tmp_path, "none", evaluate={"calibration": "none"})
-    _, scaled = run(tmp_path, "scaled")
-    assert none["pretrained"] == scaled["pretrained"] and none["balanced_accuracy"] == scaled["balanced_accuracy"]
-    found = scaled["calibration"]["pretrained"]
-    assert found["answers_changed"] == 0
-    assert found["before"]["ece"] == scaled["pretrained"]["video"]["ece"]
-    assert found["difference"]["log_loss"] == pytest.approx(found["after"]["log_loss"] - found["before"]["log_loss"])
-    assert none["calibration"]["pretrained"]["after"] is None
+    assert before["before"] == after["before"]
 
 
 def test_part__files_and_words(tmp_path):
-    fake, metrics = run(tmp_path, seeds=[0, 1])
+    fake = experiment(tmp_path, seeds=[0, 1])
     out = fake.root / "out"
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, out)
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     assert "Can the probabilities be trusted?" in page and 'href="#calibration"' in page
     assert metrics["calibration"]["caution"] in page
     assert "Calibrated on inner validation patients" in page and "Probabilities are not calibrated" not in page
+    found = metrics["calibration"]["pretrained"]
+    # The main numbers are those without calibration, which changes no answer.
+    assert found["answers_changed"] == 0 and found["before"]["ece"] == metrics["pretrained"]["video"]["ece"]
+    assert found["difference"]["log_loss"] == pytest.approx(found["after"]["log_loss"] - found["before"]["log_loss"])
     points = pd.read_csv(out / "calibration.csv")
     assert points["count"].sum() == 2 * 60  # videos of both seeds
     curve = pd.read_csv(out / "decision_curve.csv")
@@ -333,32 +311,38 @@ def test_part__files_and_words(tmp_path):
     assert metrics["headline_parts"]["calibration.pretrained.ece_calibrated"] == compact["ece_calibrated"]
 
 
+def test_part__none_changes_nothing(tmp_path):
+    part = judged(experiment(tmp_path, params={"evaluate": {"calibration": "none"}}))
+    assert part.numbers["pretrained"]["after"] is None and part.numbers["pretrained"]["items_calibrated"] == 0
+    assert "Probabilities are not calibrated (evaluate.calibration is none)" in part.numbers["caution"]
+    assert [name for name in part.headline if name.endswith("_calibrated")] == []
+    # A threshold needs no calibration.
+    assert part.numbers["pretrained"]["thresholds"]["a"]["sensitivity"] > 0.5
+
+
 def test_part__one_positive_class_and_a_rule(tmp_path):
     settings = {"positive_class": "b", "threshold": {"rule": "sensitivity", "target": 0.95}, "calibration": "platt"}
-    fake, metrics = run(tmp_path, evaluate=settings)
-    found = metrics["calibration"]["pretrained"]["thresholds"]
-    assert list(found) == ["b"] and metrics["calibration"]["rule"] == "sensitivity of at least 0.95"
-    video = metrics["pretrained"]["video"]
-    assert 0 <= found["b"]["specificity"] <= 1 and video["per_class"]["b"]["support"] == 30
+    numbers = judged(experiment(tmp_path / "a", params={"evaluate": settings})).numbers
+    assert list(numbers["pretrained"]["thresholds"]) == ["b"] and numbers["rule"] == "sensitivity of at least 0.95"
+    low = judged(experiment(tmp_path / "b", params={"evaluate": settings | {"threshold": {"rule": "sensitivity", "target": 0.5}}})).numbers
+    for strict, loose in zip(*(found["random"]["thresholds"]["b"]["thresholds"] for found in (numbers, low)), strict=True):
+        assert strict < loose
     with pytest.raises(DataError, match=r"evaluate.positive_class: got 'malignant'; allowed: null, a, b"):
-        run(tmp_path, "bad", evaluate={"positive_class": "malignant"})
+        judged(experiment(tmp_path / "c", params={"evaluate": {"positive_class": "malignant"}}))
 
 
 def test_part__rates_by_hand(tmp_path):
-    """Every model says 0.7 for b of both classes but 0.2 for the a of one patient: threshold 0.45 everywhere."""
-    fake = FakeExperiment(tmp_path, patients=12)
-    odd = "P0000000000"  # class a
+    """0.8 for every b, 0.3 for every a, but 0.9 for the a of one tested patient: thresholds midway between 0.3 and 0.8."""
+    fake = experiment(tmp_path, patients=12, params={"evaluate": {"calibration": "none"}})
+    odd = f"P{0:010x}"
 
     def fixed(table):
-        value = np.where(table["label"] == "b", 0.8, np.where(table["patient"] == odd, 0.9, 0.3))
-        # The odd patient is an error where tested; where it validates it must not move the threshold's side.
-        value = np.where((table["part"] == "validation") & (table["patient"] == odd), 0.3, value)
-        table["p_b"], table["p_a"] = value, 1 - value
+        wrong = (table["patient"] == odd) & (table["part"] == "test")
+        table["p_b"] = np.where(table["label"] == "b", 0.8, np.where(wrong, 0.9, 0.3))
+        table["p_a"] = 1 - table["p_b"]
         return table
 
-    change(fake, fixed)
-    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
-    found = metrics["calibration"]["pretrained"]["thresholds"]["b"]
+    found = judged(fake, fixed).numbers["pretrained"]["thresholds"]["b"]
     assert found["thresholds"] == pytest.approx([0.55] * 3)
     assert (found["sensitivity"], found["specificity"]) == (1, pytest.approx(10 / 12))
     assert (found["ppv"], found["npv"]) == (pytest.approx(12 / 14), 1)
@@ -367,50 +351,65 @@ def test_part__rates_by_hand(tmp_path):
 
 
 def test_part__without_validation_rows(tmp_path):
-    fake = FakeExperiment(tmp_path, patients=30)
-    change(fake, lambda table: table[table["part"] == "test"])
+    fake = experiment(tmp_path)
     for folder in fake.folders:
         fake.edit_card(folder.name, selection="last", validation_groups=[])
-    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
-    found = metrics["calibration"]["pretrained"]
+    part = judged(fake, lambda table: table[table["part"] == "test"])
+    found = part.numbers["pretrained"]
     assert found["items_calibrated"] == 0 and found["after"] is None
     assert all("no inner validation patients (finetune.selection: last)" in item["reason"] for item in found["items"])
     assert found["thresholds"]["a"]["sensitivity"] is None and "no threshold for pretrained-seed0-fold0" in found["thresholds"]["a"]["reason"]
-    page = html.unescape((fake.root / "out/report.html").read_text(encoding="utf-8"))
-    assert "Probabilities are not calibrated (no inner validation patients" in page
+    assert "Probabilities are not calibrated (no inner validation patients" in part.numbers["caution"]
 
 
 def test_part__best_on_test_is_not_calibrated_whatever_its_rows_say(tmp_path):
-    fake = FakeExperiment(tmp_path, patients=30)
+    fake = experiment(tmp_path)
     for folder in fake.folders:
         fake.edit_card(folder.name, selection="best_on_test")
-    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
-    for item in metrics["calibration"]["pretrained"]["items"]:
+    for item in judged(fake).numbers["pretrained"]["items"]:
         assert "chosen on test patients" in item["reason"] and item["thresholds"] == {"a": None, "b": None}
+
+
+def test_part__validation_patients_that_are_also_tested(tmp_path):
+    """A split by frame or by video has them; nothing may be fitted on them."""
+    fake = experiment(tmp_path)
+
+    def both(table):
+        table.loc[table["part"] == "validation", "patient"] = table.loc[table["part"] == "test", "patient"].iloc[0]
+        return table
+
+    for item in judged(fake, both).numbers["pretrained"]["items"]:
+        assert "1 of its 1 inner validation patients are also tested" in item["reason"] and item["thresholds"]["a"] is None
 
 
 def test_part__a_class_that_one_validation_part_lacks(tmp_path):
     """No threshold in one fold: no rates over part of the folds, the reason names the model."""
-    fake = FakeExperiment(tmp_path, patients=30)
-    fake.edit_table("pretrained-seed0-fold1", lambda table: table[(table["part"] == "test") | (table["label"] == "a")])
-    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
-    found = metrics["calibration"]["pretrained"]
+    def lacking(table):
+        gone = (table["part"] == "validation") & (table["label"] == "b") & (table["init"] == "pretrained") & (table["fold"] == 1)
+        return table[~gone]
+
+    numbers = judged(experiment(tmp_path), lacking).numbers
+    found = numbers["pretrained"]
     assert found["items_calibrated"] == 2 and "only 1 of 2 classes" in found["items"][1]["reason"]
     assert found["thresholds"]["b"]["thresholds"][1] is None and found["thresholds"]["b"]["specificity"] is None
     assert "pretrained-seed0-fold1" in found["thresholds"]["b"]["reason"]
-    assert metrics["calibration"]["random"]["thresholds"]["b"]["specificity"] is not None
+    assert numbers["random"]["thresholds"]["b"]["specificity"] is not None
 
 
 def test_part__probabilities_of_exactly_zero_and_one(tmp_path):
-    fake = FakeExperiment(tmp_path, patients=30)
-
     def hard(table):
-        first = (table["p_a"] > 0.5).astype(float)
-        table["p_a"], table["p_b"] = first, 1 - first
+        table["p_a"] = (table["p_a"] > 0.5).astype(float)
+        table["p_b"] = 1 - table["p_a"]
         return table
 
-    change(fake, hard)
-    metrics = evaluate(fake.config, fake.folders, fake.splits, None, fake.root / "out")
-    found = metrics["calibration"]["random"]
+    part = judged(experiment(tmp_path), hard)
+    found = part.numbers["random"]
     assert found["after"]["log_loss"] < found["before"]["log_loss"]
-    assert "NaN" not in (fake.root / "out/details.json").read_text()
+    json.dumps(part.numbers, allow_nan=False)
+
+
+def test_part__three_classes_of_three_patients_each(tmp_path):
+    """Too few to fit on and too few for most lines: said, not crashed."""
+    part = judged(experiment(tmp_path, patients=9, classes=["a", "b", "c"], clips=1))
+    assert all("3 inner validation patients; at least 5" in item["reason"] for item in part.numbers["random"]["items"])
+    json.dumps([part.numbers, part.compact, part.headline], allow_nan=False)
