@@ -116,6 +116,7 @@ READS_ENVIRONMENT = {
     "pipeline.scorer": "SONOSCOPE_SCORE_PATHS: text may name files",
     "pipeline.tracking": "RANK: only the first process logs",
     "pipeline.tracking_context": "DVC's name of the experiment",
+    "pipeline.evaluation.reproduction": "DVC's name of the experiment, and the commit it started from",
     "pipeline.tracking_store": "time limits of MLflow's client",
     "pipeline.data.recipes.fetch": "git's own settings are kept away from the clone",
     "pipeline.data.video": "OpenCV takes the allow-list of containers from there only",

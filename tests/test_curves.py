@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from fake_experiment import FakeExperiment
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
@@ -12,6 +16,8 @@ from pipeline.evaluation.curves import GRID, class_curve
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import Scores, auroc, average_precision
 from pipeline.evaluation.statistics import bootstrap_intervals
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def scores(positive, score, patients=None):
@@ -97,3 +103,14 @@ def test_part__tables_numbers_and_pictures(tmp_path):
     assert values["prevalence"] == pytest.approx(1 / 3) and values["reason"] == ""
     assert {path.name for path in (tmp_path / "out/pictures").glob("curves_*")} == {"curves_1_a.png", "curves_2_b-b.png", "curves_3_c.png"}
     assert "How well are the classes ranked?" in (tmp_path / "out/report.html").read_text()
+
+
+def test_plots__template_and_columns_of_dvc_fit_the_tables(tmp_path):
+    fake = FakeExperiment(tmp_path)
+    evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "reports/evaluate")
+    shown = {path: about for block in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for path, about in block.items()}
+    for name in ("roc.csv", "pr.csv"):
+        about = shown[f"reports/evaluate/{name}"]
+        template = json.loads((ROOT / f".dvc/plots/{about['template']}.json").read_text())
+        grouped = {channel["field"] for channel in template["spec"]["encoding"].values() if "<" not in channel.get("field", "<")}
+        assert {about["x"], about["y"], *grouped} <= set(pd.read_csv(tmp_path / "reports/evaluate" / name).columns) and grouped == {"class", "init"}
