@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.evaluation.compare_numbers import METRICS, Difference, Measured, difference
 from pipeline.evaluation.compare_rules import SEEDS, Group, joined, same_rules, tables_of, together, unequal
-from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment
+from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment, some
 from pipeline.evaluation.statistics import Interval, holm
 from pipeline.registry import did_you_mean
 
@@ -307,9 +307,11 @@ def _differing(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 def _warnings(groups: Sequence[Group], settings: Settings, pairs: int) -> list[str]:
     lines = []
-    stamps = {group.name: group.stamp or "none" for group in groups}
-    if len(set(stamps.values())) > 1:
-        listed = "; ".join(f"{name}: {stamp}" for name, stamp in stamps.items())
+    stamps: dict[str, list[str]] = {}
+    for group in groups:
+        stamps.setdefault(group.stamp or "no stamp", []).append(group.name)
+    if len(stamps) > 1:
+        listed = "; ".join(f"{stamp}: {some(names, 4)}" for stamp, names in stamps.items())
         lines.append(f"the rows were not made under the same rules ({listed}); a stamped number may be better than it would be for new patients")
     if len({(group.params.get("evaluate.aggregation"), group.params.get("finetune.pooling")) for group in groups}) > 1 and settings.level != "frame":
         lines.append("the rows join frames to videos in different ways (evaluate.aggregation, finetune.pooling)")

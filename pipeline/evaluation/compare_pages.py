@@ -89,14 +89,14 @@ def _frame(left: Axes, right: Axes, found: Comparison) -> None:
     name, percent = NAMES[asked.metric], f"{asked.confidence:.0%}"
     lower = ", lower is better" if asked.metric in LOWER_IS_BETTER else ""
     left.set_title(f"{name[0].upper()}{name[1:]} per {asked.level}")
-    left.set_xlabel(f"value and {percent} interval over {found.counts['patients']} patients{lower}")
+    left.set_xlabel(f"{percent} interval, {found.counts['patients']} patients{lower}")
     # Room for the number at the right end.
     low, high = left.get_xlim()
     left.set_xlim(low, high + 0.1 * (high - low))
     right.axvline(0, color=INK, linewidth=1.1)
     other = textwrap.shorten(found.reference, 40, placeholder="…").replace("$", r"\$")
     right.set_title(f"Difference to {other}" if not (found.curve and len(found.curve.lines) > 1) else "Difference to the reference line")
-    right.set_xlabel(f"paired difference and {percent} interval; p corrected by Holm")
+    right.set_xlabel(f"paired, {percent} interval; p corrected (Holm)")
     ends = right.get_xlim()
     room = 0.06 * (ends[1] - ends[0])
     right.set_xlim(min(ends[0], -room), max(ends[1], room))
@@ -109,7 +109,8 @@ def draw_curves(path: Path, found: Comparison) -> None:
     where, logarithmic, numeric = _positions(curve.values)
     compared = len(curve.lines) > 1
     rows = {row.name: row for row in found.rows}
-    with card(path, "", figsize=(10.5 if compared else 6.8, 4.6 + 0.22 * ((len(curve.lines) + 2) // 3))) as figure:
+    stamps = "; ".join(dict.fromkeys(row.stamp for row in found.rows if row.stamp))
+    with card(path, stamps, figsize=(10.5 if compared else 6.8, 4.6 + 0.22 * ((len(curve.lines) + 2) // 3))) as figure:
         panels = figure.subplots(1, 2 if compared else 1, squeeze=False)[0]
         for index, (line, points) in enumerate(curve.lines.items()):
             color, style, marker = CLASS_COLORS[index % len(CLASS_COLORS)], LINES[index % len(LINES)], MARKERS[index % len(MARKERS)]
@@ -168,6 +169,8 @@ def _line(
     x, value, low, high = (np.array(column, float) for column in zip(*sorted(points), strict=True))
     if numeric and len(x) > 1:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0, gid="band")
+        for end in (low, high):
+            axes.plot(x, end, color=style["color"], linewidth=0.8, alpha=0.35)
         axes.plot(x, value, markersize=6, markeredgecolor="white", gid="line", **style)
         return
     x = x + (0 if numeric else (index - (lines - 1) / 2) * 0.5 / max(lines, 1))

@@ -17,6 +17,7 @@ NAMES = {
     "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "macro_f1": "macro F1", "macro_auroc": "AUROC", "log_loss": "log loss",
     "brier": "Brier score",
 }
+COLUMNS = 6
 LEVEL_WORDS = {"video": "videos", "patient": "patients (once for each label)", "frame": "frames"}
 
 
@@ -114,11 +115,15 @@ def _matrix(found: Comparison) -> Grid:
         known[pair.first, pair.second] = (pair.value, pair)
         known[pair.second, pair.first] = (None if pair.value is None else -pair.value, pair)
     rows = [
-        [one, *("" if one == other else f"{number(known[one, other][0], metric, '+')} (p {_p(known[one, other][1].p_holm)})" for other in names)]
-        for one in names
+        [
+            f"{place + 1}: {one}",
+            *("" if one == other else f"{number(known[one, other][0], metric, '+')} (p {_p(known[one, other][1].p_holm)})" for other in names),
+        ]
+        for place, one in enumerate(names)
     ]
+    heads = [str(place + 1) for place in range(len(names))]
     note = f"p values corrected by Holm over all {len(found.pairs)} pairs."
-    return Grid(f"All pairs: {NAMES[metric]} of the row minus that of the column", ["experiment", *names], rows, names, note)
+    return Grid(f"All pairs: {NAMES[metric]} of the row minus that of the column", ["experiment", *heads], rows, heads, note)
 
 
 def _delong(found: Comparison) -> Grid:
@@ -132,11 +137,10 @@ def _delong(found: Comparison) -> Grid:
 
 
 def _differing(found: Comparison) -> Grid:
-    names = [row.name for row in found.rows]
-    keys = [key for key in found.differing if not key.startswith("methods.")] + [key for key in found.differing if key.startswith("methods.")]
-    rows = [[key, *found.differing[key]] for key in keys[:20]]
-    note = f"{len(keys) - 20} more parameters differ (compare.json lists them)." if len(keys) > 20 else ""
-    return Grid("Parameters that differ", ["parameter", *names], rows, note=note)
+    keys = sorted(found.differing, key=lambda key: (key.startswith("methods."), key))
+    shown, more = keys[:COLUMNS], len(keys) - COLUMNS
+    rows = [[row.name, *(found.differing[key][place] or "-" for key in shown)] for place, row in enumerate(found.rows)]
+    return Grid("Parameters that differ", ["experiment", *shown], rows, note=f"{more} more parameters differ (compare.json lists them)." if more > 0 else "")
 
 
 def headline(found: Comparison) -> str:
@@ -152,9 +156,9 @@ def headline(found: Comparison) -> str:
         return f"None of the {what} is shown: after correction for their number the data are compatible with no difference."
     listed = "; ".join(
         f"{pair.first} against {pair.second} {_interval(pair.value, pair.low, pair.high, asked.metric, '+')}, corrected p {_p(pair.p_holm)}"
-        for pair in shown[:6]
+        for pair in shown[:3]
     )
-    more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     if len(pairs) == 1:
         return f"The difference in {NAMES[asked.metric]} is shown: {listed}."
     return f"{len(shown)} of {what} {'is' if len(shown) == 1 else 'are'} shown after correction: {listed}{more}."
