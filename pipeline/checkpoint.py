@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -151,7 +152,9 @@ def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.T
             return load_file(str(path))
         _demand_stored(path, key)
         # Files of DINO hold the program's options: an object with nothing but values, which runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Of a pickle that is refused in the next line anyway.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

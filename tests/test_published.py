@@ -308,3 +308,9 @@ def test_preflight__imagenet_weights_that_are_not_there(tmp_path: Path, monkeypa
     pretrain = {"init": "imagenet", "backbone": "vit_small", "image_size": 112}
     with pytest.raises(ConfigError, match=r"1 problem\n  pretrain.init: imagenet was asked for, but .*deit_small.*import timm; timm.create_model"):
         check_named_files(Config.model_validate({"pretrain": pretrain}))
+
+
+def test_format__a_network_that_numbers_its_layers_is_not_uscl():
+    mobile = {f"features.{i}.conv.0.0.weight": torch.zeros(2, 2, 1, 1) for i in range(1, 6)} | {"features.0.0.weight": torch.zeros(2, 3, 3, 3)}
+    with pytest.raises(CheckpointError, match="of no known program"):
+        detect_format(mobile)

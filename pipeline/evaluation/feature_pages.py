@@ -184,7 +184,8 @@ def _table(results: FeatureResults, unit: str) -> Table:
     columns = ["Test videos of all folds", *(init.capitalize() for init in inits), "Chance"]
     note = (
         f"Before fine-tuning; neighbours by cosine. Silhouette: 1 where groups lie tight and apart, 0 where they mix. High values by "
-        f"{unit} and low ones by class are the warning sign; the untrained network shows how much of either is in the pictures themselves."
+        f"{unit} and low ones by class are the warning sign; the untrained network shows how much of either is in the pictures themselves. "
+        f"A dash: not defined, because no {unit} has two recordings or only one class or {unit} was tested."
     )
     return Table("Does the encoder see classes or identities?", columns, rows, columns[1:], note)
 

@@ -42,7 +42,7 @@ def draw_map(
 
 
 def _by_label(axes: Axes, places: np.ndarray, labels: np.ndarray, is_test: np.ndarray) -> None:
-    axes.set_title("by label", fontsize=10)
+    axes.set_title("by label: colour and shape as in the legend\n", fontsize=9)
     for number, name in enumerate(dict.fromkeys(sorted(labels))):
         style = {"color": CLASS_COLORS[number % len(CLASS_COLORS)], "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
         part = labels == name
@@ -54,7 +54,7 @@ def _by_label(axes: Axes, places: np.ndarray, labels: np.ndarray, is_test: np.nd
 def _by_patient(axes: Axes, places: np.ndarray, groups: np.ndarray, is_test: np.ndarray) -> None:
     tested = sorted(set(groups[is_test]))
     shown = f"{len(tested)} test patients" if len(tested) != 1 else "1 test patient"
-    axes.set_title(f"by patient: {shown} in colour", fontsize=10)
+    axes.set_title(f"by patient: {shown}, each with its own\ncolour and shape; small, grey: training patients", fontsize=9)
     colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, max(1, len(tested))))
     for name in sorted(set(groups)):
         own = places[groups == name]

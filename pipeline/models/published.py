@@ -31,7 +31,7 @@ _FORMATS = (
     ("MoCo", "encoder_q.", ""),
     ("MoCo v3", "base_encoder.", ""),
     ("HiCo", "features.R18.", ""),
-    ("USCL", "features.", r"features\.\d+\."),
+    ("USCL", "features.", r"features\.4\.0\.conv1\."),
     ("torchvision vision transformer", "", r"class_token$"),
     ("DINO", "backbone.", r"head\.(mlp|last_layer)\."),
     ("trunk with a head", "backbone.", ""),
