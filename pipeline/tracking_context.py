@@ -130,15 +130,15 @@ def git_revision() -> str:
     return head if code == 0 else ""
 
 
-def changed_params(config: Config) -> dict[str, str]:
-    """Parameters that differ from params.yaml of the commit the experiment started from; {} where that cannot be told."""
+def changed_params(config: Config) -> dict[str, str] | None:
+    """Parameters that differ from params.yaml of the commit the experiment started from; None where that cannot be told."""
     code, text = git_output("show", f"{os.environ.get('DVC_EXP_BASELINE_REV') or 'HEAD'}:./params.yaml")
     try:
         raw = yaml.safe_load(text) if code == 0 else None
     except yaml.YAMLError:
         raw = None
     if not isinstance(raw, Mapping):
-        return {}
+        return None
     before, now = flatten(raw), shown_params(config)
     now = {key: value for key, value in now.items() if not key.startswith("data.phantom") and key not in ("pretrain.method", "pretrain.init")}
     return {key: value for key, value in now.items() if key in before and not _equal(before[key], value)}
@@ -178,7 +178,9 @@ def execution_facts(config: Config) -> ExecutionFacts:
     called = pretraining_name(method, config.pretrain.init)
     params_hash = fingerprint(determining, block)
     params = shown_params(config)
-    changed = spoken_params(changed_params(config), params)
+    different = changed_params(config)
+    changed = spoken_params(different or {}, params)
+    unchanged = f"baseline {head[:7]}" if different == {} else params_hash[:7]
     tags = {
         "dvc.experiment": experiment or "workspace",
         "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV", ""),
@@ -194,7 +196,7 @@ def execution_facts(config: Config) -> ExecutionFacts:
     }
     return ExecutionFacts(
         key=fingerprint(experiment or "workspace", params_hash, head),
-        name=f"{called} {changed or experiment or params_hash[:7]}",
+        name=f"{called} {changed or experiment or unchanged}",
         tags={key: value for key, value in tags.items() if value},
         params=params,
     )

@@ -16,7 +16,9 @@ __all__ = ["VIEW", "differing_params", "prepare_view", "view_state"]
 
 VIEW = "sonoscope"
 METRIC = "balanced_accuracy"
-COLUMNS = (METRIC, f"{METRIC}_low", f"{METRIC}_high", "macro_auroc", "pretraining_gain")
+COLUMNS = (METRIC, "macro_auroc", "pretraining_gain")
+"""Without the ends of the interval: a run's name has them."""
+WIDTHS = {"attributes.`Run Name`": 460, "metrics": 140, "params": 150, "tags": 120}
 MOST_PARAMS, MOST_RUNS = 6, 500
 ONLY_EXPERIMENTS = f"tags.`{LEVEL}` = 'execution'"
 
@@ -32,6 +34,7 @@ def view_state(params: Sequence[str]) -> dict[str, Any]:
     """The state of MLflow's page with these parameters beside the metrics, experiments sorted by balanced accuracy."""
     names = list(params)[:MOST_PARAMS]
     columns = [f"metrics.`{name}`" for name in COLUMNS] + [f"params.`{name}`" for name in names] + ["tags.`dvc.experiment`", "tags.`stamp`"]
+    order = ["attributes.`Run Name`", *columns]
     section = {"uuid": "sonoscope", "name": "Experiments", "display": True, "isReordered": False, "deleted": False, "isGenerated": False}
 
     def chart(kind: str, title: str, **more: Any) -> dict[str, Any]:
@@ -50,7 +53,8 @@ def view_state(params: Sequence[str]) -> dict[str, Any]:
     return {
         "searchFilter": ONLY_EXPERIMENTS, "orderByKey": f"metrics.`{METRIC}`", "orderByAsc": False, "startTime": "ALL",
         "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
-        "selectedColumns": columns, "runsHiddenMode": "SHOW_ALL", "compareRunCharts": charts, "compareRunSections": [section],
+        "selectedColumns": columns, "columnOrder": order, "columnWidths": {name: WIDTHS.get(name) or WIDTHS[name.split(".")[0]] for name in order},
+        "runsHiddenMode": "SHOW_ALL", "compareRunCharts": charts, "compareRunSections": [section],
         "hideEmptyCharts": True,
     }
 
@@ -69,8 +73,11 @@ def prepare_view(uri: str, experiment: str) -> dict[str, str]:
     runs = client.search_runs([found.experiment_id], ONLY_EXPERIMENTS, max_results=MOST_RUNS, order_by=["attributes.start_time DESC"])
     judged = [run for run in runs if METRIC in run.data.metrics]
     state = view_state(differing_params([run.data.params for run in judged]))
-    client.set_experiment_tag(found.experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(state))
-    place = f"#/experiments/{found.experiment_id}/runs?viewStateShareKey={VIEW}"
+    tags = {f"mlflow.sharedViewState.{VIEW}": json.dumps(state), "mlflow.experiment.primaryMetric.name": METRIC}
+    for key, value in tags.items():
+        client.set_experiment_tag(found.experiment_id, key, value)
+    # Version 3 shows the side bar for language models unless told.
+    place = f"#/experiments/{found.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     addresses = {"table": place, "charts": f"{place}&compareRunsMode=CHART"}
     if len(judged) > 1:
         chosen = json.dumps([run.info.run_id for run in judged[:50]], separators=(",", ":"))

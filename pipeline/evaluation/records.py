@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.evaluation.report import METRIC_NAMES, number, signed
 from pipeline.tracking import NullTracker, open_tracker
 
-__all__ = ["description", "log_execution", "log_folds", "parent_metrics"]
+__all__ = ["description", "log_execution", "log_folds", "parent_metrics", "run_name"]
 
 MOST_FOLDS = 20
 """Folds that get a run of their own; each costs about a third of a second."""
@@ -32,7 +32,9 @@ def parent_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     flat |= {name: first["video"][name] for name in ("macro_auroc", "macro_f1")}
     flat |= {f"pretraining_gain{end}": metrics.get(f"pretraining_gain{end}") for end in (*ends, "_p")}
     flat |= {f"phases.{init}.f1": numbers["f1"] for init, numbers in metrics.get("phases", {}).items()}
-    flat |= metrics.get("headline_parts", {})
+    # Those of another initialisation stand on the run of the stage.
+    others = {"pretrained", "random"} - {metrics["headline_init"]}
+    flat |= {key: value for key, value in metrics.get("headline_parts", {}).items() if not others & set(key.split("."))}
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -44,13 +46,12 @@ def run_name(start: str, metrics: Mapping[str, Any]) -> str:
 
 
 def description(metrics: Mapping[str, Any]) -> str:
-    """Markdown for the page of the experiment's run: headline, folds, what pretraining brought, where the report is."""
-    lines = [f"**{metrics['headline']}**", ""]
+    """Markdown for the page of the experiment's run: headline, link to the report, what pretraining brought, folds."""
+    lines = [f"**{metrics['headline']}** ([report](report.html))", ""]
     if metrics.get("pretraining_gain") is not None:
         low, high = metrics.get("pretraining_gain_low"), metrics.get("pretraining_gain_high")
         span = f" ({signed(low)} to {signed(high)})" if low is not None and high is not None else ""
         lines += [f"Against the same network without pretraining: {signed(metrics['pretraining_gain'])}{span}.", ""]
-    lines += ["[Report](report.html) with pictures, and everything else of this run: tab *Artifacts*.", ""]
     shown = [METRIC_NAMES[name] for name in CHILD_METRICS]
     lines += [f"| Fold | Videos | Patients | {' | '.join(shown)} |", f"|{'---|' * (3 + len(shown))}"]
     for fold, values in metrics[metrics["headline_init"]]["folds"].items():
