@@ -35,8 +35,15 @@ class FakeExperiment:
     """`frame` deals the frames of every video; make them many enough for every fold."""
     repeats: int = 1
     params: dict[str, object] = field(default_factory=dict)
+    given: Splits | None = None
+    """A split made elsewhere, whose videos, patients, classes and folds are taken over."""
 
     def __post_init__(self) -> None:
+        if self.given is not None:
+            self.classes, self.folds, self.group = self.given.classes, self.given.folds_per_repeat, self.given.group
+            self.groups, self.labels, self.splits = self.given.groups, self.given.labels, self.given
+            self.folders, self.config = self._items(), self._config()
+            return
         self.groups = {}
         self.labels = {}
         for patient in range(self.patients):

@@ -7,10 +7,12 @@ import json
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sample_media as sample
 import yaml
+from fake_experiment import FakeExperiment
 from recipe_trees import built, phase_file, put, write
 
 from pipeline import datasets
@@ -29,6 +31,9 @@ from pipeline.data.recipes.prepare import official_folds, prepare
 from pipeline.data.splits import Splits
 from pipeline.data.splitting import make_splits
 from pipeline.errors import DataError
+from pipeline.evaluation import predictions
+from pipeline.evaluation.metrics import aggregate
+from pipeline.evaluation.summary import summarise
 from pipeline.parameters import DataParams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +111,38 @@ def test_stages__read_what_prepare_wrote_of_pocus(tmp_path: Path, monkeypatch: p
     assert len(manifest.rows) == 12 and len({row.patient for row in manifest.rows}) == 12
     paths = {row.video: row.path for row in manifest.rows}
     assert [sorted(paths[video] for video in fold.test) for fold in splits.folds] == [sorted(part) for part in tests]
+    assert judge(splits, tmp_path / "judged")["pretrained"]["video"]["n"] == 12
+
+
+def judge(splits: Splits, folder: Path) -> dict[str, Any]:
+    """Made-up predictions of a split's models through the checks and numbers of the evaluate stage."""
+    fake = FakeExperiment(folder, given=splits, skill={"pretrained": 2.0}, params={"split": {"file": "split.json"}})
+    items = predictions.read_items(fake.folders)
+    predictions.check_items(items, splits, ["pretrained"], [0])
+    rows = predictions.test_rows(items, splits)
+    assert set(rows["video"]) == {video for fold in splits.folds for video in fold.test}
+    held = {video for fold in splits.folds for video in fold.inner[0].validation}
+    assert {video for item in items for video in item.table.loc[item.table["part"] == "validation", "video"]} == held
+    tables = {"frame": rows} | {level: aggregate(rows, splits.classes, level) for level in ("video", "patient")}
+    return summarise(fake.config, splits, items, tables)
+
+
+def test_stages__read_what_prepare_wrote_of_gbcu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train and test lists of images: one fixed division, whose epoch is chosen on a part of its training images."""
+    root, lists = tmp_path / "gbcu", {"train": 18, "test": 6}
+    first = 0
+    for part, count in lists.items():
+        for number in range(first, first + count):
+            sample.write_image(root / "imgs" / f"im{number:05d}.jpg", number, seed=number)
+        write(root / f"{part}.txt", "".join(f"im{number:05d}.jpg,{number % 3}\n" for number in range(first, first + count)))
+        first += count
+    manifest, splits = run_stages(recipe("gbcu"), root, tmp_path / "project", monkeypatch)
+    names = {row.video: int(Path(row.path).stem[2:]) for row in manifest.rows}
+    fold, = splits.folds
+    assert sorted(names[video] for video in fold.test) == list(range(18, 24))
+    assert sorted(names[video] for video in fold.train) == list(range(18)) and len(fold.inner) == 2
+    numbers = judge(splits, tmp_path / "judged")
+    assert (numbers["folds"], numbers["pretrained"]["video"]["n"]) == (1, 6) and splits.stamp == "", "patients are not in the archive"
 
 
 @pytest.mark.parametrize("kind", ["frames", "videos"])
@@ -125,7 +162,9 @@ def test_stages__read_what_prepare_wrote_of_cholec80(kind: str, tmp_path: Path, 
     videos = {row.video: Path(row.path.split("#")[0]).stem for row in manifest.rows}
     fold, = splits.folds
     assert {videos[video] for video in fold.test} == {"video49"} and {videos[video] for video in fold.train} == {"video01", "video02", "video41"}
-    assert {videos[video] for video in fold.inner[0].validation} == {"video41"}
+    assert {videos[video] for video in fold.inner[0].validation} == {"video41"} and len(fold.inner) == 1
+    assert {videos[video] for video in fold.inner[0].train} == {"video01", "video02"}
+    assert judge(splits, tmp_path / "judged")["pretrained"]["video"]["n"] == len(fold.test), "the validation part is never judged"
 
 
 # --- the command and the clone -------------------------------------------------------------------------------------------

@@ -198,6 +198,57 @@ def test_stage__inner_selection_without_inner_patients(project: Path) -> None:
     assert (card["validation_groups"], card["selected_epoch"]) == ([], 1)
 
 
+def test_stage__split_by_frame_uses_each_frame_in_one_part_and_is_stamped(project: Path) -> None:
+    config, splits = make_project(project, frames=24, **SETTINGS, data__group="frame", finetune__eval_frames_per_video=50)
+    videos = sorted(splits.labels)
+    tables = {}
+    for number in (0, 1):
+        assert ": done;" in run_finetune_stage(config, "random", 0, number), "the same videos, other frames: another result"
+        folder = project / f"models/finetuned/random-seed0-fold{number}"
+        table, fold = pd.read_csv(folder / "predictions.csv", dtype={"video": str}), splits.fold(number)
+        for part in ("test", "validation"):
+            wanted = {(video, frame) for video in videos for frame in splits.frames_of(fold, part, video, 24)}
+            assert set(table.loc[table.part == part, ["video", "frame"]].itertuples(index=False, name=None)) == wanted
+        card = json.loads((folder / "card.json").read_text())
+        assert card["stamp"] == "frame-level split (frames of one video on both sides)"
+        tables[number] = set(table.loc[table.part == "test", ["video", "frame"]].itertuples(index=False, name=None))
+    assert not tables[0] & tables[1]
+    nested = make_config(project, **SETTINGS, data__group="frame", finetune__selection="nested")
+    with pytest.raises(DataError, match="nested divides patients and data.group: frame divides nothing by patient"):
+        run_finetune_stage(nested, "random", 0, 0)
+
+
+def test_stage__split_by_frame_trains_on_no_test_or_validation_frame(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.training.finetune import Finetuning
+
+    config, splits = make_project(project, frames=24, **SETTINGS, data__group="frame", finetune__frames_per_video=50, finetune__cached_views=0)
+    drawn: set[tuple[str, int]] = set()
+    original = Finetuning._training_frames
+
+    def watched(self: Any, epoch: int) -> list[tuple[int, int]]:
+        found = original(self, epoch)
+        drawn.update((self.data.frames.videos[video].video, frame) for video, frame in found)
+        return found
+
+    monkeypatch.setattr(Finetuning, "_training_frames", watched)
+    run_finetune_stage(config, "random", 0, 2)
+    fold = splits.fold(2)
+    assert drawn == {(video, frame) for video in splits.labels for frame in splits.frames_of(fold, "train", video, 24)}
+    held = {(video, frame) for video in splits.labels for part in ("test", "validation") for frame in splits.frames_of(fold, part, video, 24)}
+    assert held and not drawn & held
+
+
+def test_stage__divided_patients_are_stamped_beside_what_the_recipe_says(project: Path) -> None:
+    config, splits = make_project(project, **SETTINGS, finetune__selection="best_on_test")
+    replace(splits, group="video", divided_patients=3).write(project / "data/splits.json")
+    run_finetune_stage(config, "random", 0, 0)
+    card = project / "models/finetuned/random-seed0-fold0/card.json"
+    assert json.loads(card.read_text())["stamp"] == "video-level split (patients on both sides), optimistic (selected on test)"
+    splits.write(project / "data/splits.json")
+    assert "reused" in run_finetune_stage(config, "random", 0, 0), "equal videos, equal result"
+    assert json.loads(card.read_text())["stamp"] == "optimistic (selected on test)", "what a split is called belongs to the run that asks"
+
+
 def test_stage__label_fraction_is_written_down(project: Path) -> None:
     config, splits = make_project(project, **SETTINGS, finetune__label_fraction=0.5)
     run_finetune_stage(config, "random", 0, 0)

@@ -15,7 +15,8 @@ from training_kit import make_config
 from pipeline.config import Config
 from pipeline.data.extract import extract_source
 from pipeline.data.frame_labels import read_frame_labels
-from pipeline.data.splits import Splits, make_splits
+from pipeline.data.splits import Splits
+from pipeline.data.splitting import make_splits
 from pipeline.data.store import FrameStore
 from pipeline.data.thinning import source_frames
 from pipeline.data.video import MediaReader, find_media

@@ -24,7 +24,8 @@ from training_kit import (
     stage_environment,
 )
 
-from pipeline.data.splits import Splits, make_splits
+from pipeline.data.splits import Splits
+from pipeline.data.splitting import make_splits
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.training import pretrain_stage
@@ -198,6 +199,18 @@ def test_inputs__folds_with_equal_videos_share_an_encoder(tmp_path: Path, monkey
     assert len({i.fingerprint for i in inputs}) == 1
     assert len(inputs[0].videos) == 4
     assert inputs[0].labels == [-1] * 4
+
+
+def test_inputs__split_by_frame_is_transductive_and_knows_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, splits = make_project(tmp_path, frames=24, data__group="frame", pretrain__method="simclr")
+    seen = open_pretrain_inputs(config, splits, 1)
+    assert sorted(ref.video for ref in seen.videos) == sorted(splits.groups) and seen.scope == "all"
+    assert set(seen.labels) == {-1} and seen.fingerprint == open_pretrain_inputs(config, splits, 0).fingerprint
+    untrained = open_pretrain_inputs(make_config(tmp_path, data__group="frame", pretrain__method="random"), splits, 1)
+    assert untrained.scope == "none", "nothing is trained, so nothing has been seen"
+    told = open_pretrain_inputs(make_config(tmp_path, data__group="frame", pretrain__method="uscl"), splits, 1)
+    assert told.target_counts() == {}
 
 
 def test_inputs__scope_decides_who_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pipeline.cli import main
 from pipeline.data.splits import FRAME_LEVEL, VIDEO_LEVEL
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation import predictions
+from pipeline.evaluation.content import data_tables
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.report import stamp_words
@@ -192,3 +193,13 @@ def test_repeats__numbers_are_means_over_repeats_with_their_spread(tmp_path: Pat
     assert "fold 5, repeat 1" in page and "SD over repeats, pooled" in page and "3 folds × 2 repeats" in page
     lines = (tmp_path / "out/predictions_video.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("init,seed,fold,repeat,part,video,patient,label") and len(lines) == 1 + 2 * 24
+
+
+def test_label_fraction__data_table_says_how_many_patients_were_used(tmp_path: Path) -> None:
+    fake = FakeExperiment(tmp_path, seeds=[0, 1], skill={"pretrained": 2.0})
+    assert "whose labels were used" not in str(data_tables(fake.splits, None, "patient", predictions.read_items(fake.folders))[1].columns)
+    for folder in fake.folders:
+        groups = fake.splits.groups_of(fake.labels)[4 : 6 + ("seed1" in folder.name)]
+        fake.edit_card(folder.name, label_fraction=0.3, train_groups=groups[:1], validation_groups=groups[1:])
+    table = data_tables(fake.splits, None, "patient", predictions.read_items(fake.folders))[1]
+    assert table.columns[-1] == "Patients whose labels were used" and [row[-1] for row in table.rows] == ["2–3"] * 3

@@ -297,8 +297,18 @@ def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequenc
     return Table(f"Every {unit}, errors first", names, rows, ["Fold", "Probability", "Videos right"], note)
 
 
-def data_tables(splits: Splits, store: FrameStore | None, unit: str) -> list[Table]:
-    """What was in the store, and who is tested where."""
+def _label_budget(items: Sequence[Any]) -> dict[int, str]:
+    """Patients whose labels fine-tuning read, by fold: `5`, or `4–5` over seeds; {} where all labels were used."""
+    if all((item.card.model_extra or {}).get("label_fraction", 1.0) >= 1 for item in items):
+        return {}
+    counts: dict[int, set[int]] = {}
+    for item in items:
+        counts.setdefault(item.card.fold, set()).add(len({*item.card.train_groups, *item.card.validation_groups}))
+    return {fold: "–".join(map(str, sorted({min(found), max(found)}))) for fold, found in counts.items()}
+
+
+def data_tables(splits: Splits, store: FrameStore | None, unit: str, items: Sequence[Any] = ()) -> list[Table]:
+    """What was in the store, who is tested where, and with `finetune.label_fraction` how many patients' labels the models used."""
     tables = []
     rows = []
     stored = {row.video: row.frames for row in store.manifest.rows} if store is not None else {}
@@ -326,6 +336,8 @@ def data_tables(splits: Splits, store: FrameStore | None, unit: str) -> list[Tab
         f"Training {unit}s",
         "Training videos",
     ]
+    budget = _label_budget(items)
+    columns += [f"{unit.capitalize()}s whose labels were used"] if budget else []
     rows = []
     for fold in splits.folds:
         counts = Counter(splits.labels[video] for video in fold.test)
@@ -337,6 +349,7 @@ def data_tables(splits: Splits, store: FrameStore | None, unit: str) -> list[Tab
                 *(counts[name] for name in splits.classes),
                 len({splits.groups[video] for video in fold.train}),
                 len(fold.train),
+                *([budget[fold.fold]] if budget else []),
             ]
         )
     sides = f"{splits.stamp[0].upper()}{splits.stamp[1:]}." if splits.stamp else f"No {unit} is on both sides of a fold."

@@ -89,7 +89,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
             ],
             "folds": content.fold_tables(metrics, drawing.inits, splits, unit),
             "patients": [content.patient_table(patients, judged, splits.classes, unit)],
-            "data": content.data_tables(splits, store, unit),
+            "data": content.data_tables(splits, store, unit, items),
             "training": [content.training_table(items)],
             "features": features.tables if features else [],
             "stages": _stage_table(results.stages),
