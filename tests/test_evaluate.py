@@ -14,6 +14,7 @@ from sklearn.metrics import auc
 
 from pipeline.errors import DataError
 from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results
+from pipeline.evaluation.records import parent_metrics
 from pipeline.tracking import NullTracker
 
 
@@ -260,8 +261,9 @@ def test_tracking__headline_on_the_parent_and_folds_as_steps(fake):
 
     log_results(Recorder("evaluate"), metrics, fake.root / "reports/evaluate")
     parent = next(values for place, values, _ in calls if place == "parent")
-    assert parent == headline_metrics(metrics)
-    assert parent["pretrained.video.balanced_accuracy"] == metrics["balanced_accuracy"]
+    own = next(values for place, values, _ in calls if place == "run")
+    assert own == headline_metrics(metrics) and parent == parent_metrics(metrics)
+    assert parent["balanced_accuracy"] == own["pretrained.video.balanced_accuracy"] == metrics["balanced_accuracy"]
     steps = [step for place, values, step in calls if place == "run" and "fold.pretrained.balanced_accuracy" in values]
     assert steps == [0, 1, 2]
 
