@@ -186,6 +186,53 @@ def test_aggregate__rules(how: str, videos: list[float], patients: list[float]) 
     assert by_patient["p_healthy"].tolist() == pytest.approx(patients)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "videos", "patients"),
+    [
+        # v1 (0.9, 0.8, 0.1 healthy): the two largest of healthy mean 0.85, of ill (0.9, 0.2) 0.55; v4 (0.5, 0.3): 0.4 and 0.6 (all).
+        (2, [0.85 / 1.4, 0.4, 0.2, 0.4], [(0.85 / 1.4 + 0.4) / 2, 0.2, 0.4]),
+        # Half of three frames is two, of two one: v4 has 0.5 and 0.7 at most; half of P's two healthy videos is one.
+        (0.5, [0.85 / 1.4, 0.4, 0.2, 5 / 12], [(0.85 / 1.4) / (0.85 / 1.4 + 0.6), 0.2, 5 / 12]),
+        # One frame of each class is `max`; so is a share that rounds up to one.
+        (1, [0.5, 0.4, 0.2, 5 / 12], [0.5 / 1.1, 0.2, 5 / 12]),
+        (0.01, [0.5, 0.4, 0.2, 5 / 12], [0.5 / 1.1, 0.2, 5 / 12]),
+        # More than there are: the mean.
+        (50, [0.6, 0.4, 0.2, 0.4], [0.5, 0.2, 0.4]),
+    ],
+)  # fmt: skip
+def test_aggregate__top_k_hand_worked(top_k: float, videos: list[float], patients: list[float]) -> None:
+    order = frames().sample(frac=1, random_state=3)
+    found = aggregate(order, ["healthy", "ill"], "video", "top_k", top_k)
+    assert found["p_healthy"].tolist() == pytest.approx(videos)
+    assert found["members"].tolist() == [3, 1, 1, 2] and (found["p_healthy"] + found["p_ill"]).tolist() == pytest.approx([1] * 4)
+    assert aggregate(order, ["healthy", "ill"], "patient", "top_k", top_k)["p_healthy"].tolist() == pytest.approx(patients)
+
+
+def test_aggregate__top_k_ties_and_rounding() -> None:
+    """Equal values at the cut: which of them is taken changes nothing. 0.2 of 5, 10 and 15 frames is 1, 2 and 3, not one more."""
+    for count, kept in ((5, 1), (10, 2), (15, 3), (6, 2)):
+        healthy = np.linspace(0.1, 0.9, count)
+        table = pd.DataFrame({"video": "v", "patient": "P", "label": "ill", "p_healthy": healthy, "p_ill": 1 - healthy})
+        found = aggregate(table, ["healthy", "ill"], "video", "top_k", 0.2)["p_healthy"][0]
+        high, low = healthy[-kept:].mean(), (1 - healthy[:kept]).mean()
+        assert found == pytest.approx(high / (high + low))
+    tied = pd.DataFrame({"video": "v", "patient": "P", "label": "ill", "p_healthy": [0.7, 0.7, 0.7, 0.2]}).assign(p_ill=[0.3, 0.3, 0.3, 0.8])
+    both = [aggregate(tied.iloc[order], ["healthy", "ill"], "video", "top_k", 2)["p_healthy"][0] for order in ([0, 1, 2, 3], [3, 2, 0, 1])]
+    assert both == pytest.approx([0.7 / (0.7 + 0.55)] * 2)
+
+
+def test_aggregate__attention_weighs_frames_and_averages_videos() -> None:
+    weights = [0.2, 0.8, 0.0, 1.0, 1.0, 0.5, 0.5]
+    table = frames().assign(weight=weights).sample(frac=1, random_state=1)
+    videos = aggregate(table, ["healthy", "ill"], "video", "attention")["p_healthy"].tolist()
+    healthy, ill = 0.9**0.2 * 0.8**0.8, 0.1**0.2 * 0.2**0.8
+    assert videos == pytest.approx([healthy / (healthy + ill), 0.4, 0.2, np.sqrt(0.15) / (np.sqrt(0.15) + np.sqrt(0.35))])
+    patients = aggregate(table, ["healthy", "ill"], "patient", "attention")["p_healthy"].tolist()
+    assert patients == pytest.approx([(videos[0] + videos[1]) / 2, videos[2], videos[3]])
+    with pytest.raises(DataError, match="attention needs the weights of frames .* finetune.pooling: attention"):
+        aggregate(frames(), ["healthy", "ill"], "video", "attention")
+
+
 def test_aggregate__models_stay_apart_and_order_does_not_matter() -> None:
     both = pd.concat(
         [frames().assign(init="pretrained", seed=0), frames().assign(init="random", seed=1, p_healthy=0.5, p_ill=0.5)]
