@@ -181,17 +181,20 @@ def calibration_line(
     logit = logit - np.log1p(-np.clip(probability, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR))
     weights = np.ones((1, len(event))) if weights is None else np.asarray(weights, np.float64)
     slope, intercept = np.empty(len(weights)), np.empty(len(weights))
-    step = max(1, CHUNK_ELEMENTS // max(len(event), 1))
-    for begin in range(0, len(weights), step):
-        part = slice(begin, begin + step)
-        slope[part] = _logistic(event, logit, weights[part], free=True)[:, 1]
-        intercept[part] = _logistic(event, logit, weights[part], free=False)[:, 0]
+    step = max(1, CHUNK_ELEMENTS // (4 * max(len(event), 1)))
+    for free, column, result in ((True, 1, slope), (False, 0, intercept)):
+        # Replicates lie near the line through all units: half the steps.
+        middle = _logistic(event, logit, weights.mean(0, keepdims=True), free, np.array([0.0, 1.0]))[0]
+        start = middle if np.isfinite(middle).all() else np.array([0.0, 1.0])
+        for begin in range(0, len(weights), step):
+            part = slice(begin, begin + step)
+            result[part] = _logistic(event, logit, weights[part], free, start)[:, column]
     return slope, intercept
 
 
-def _logistic(event: np.ndarray, logit: np.ndarray, weights: np.ndarray, free: bool) -> np.ndarray:
+def _logistic(event: np.ndarray, logit: np.ndarray, weights: np.ndarray, free: bool, start: np.ndarray) -> np.ndarray:
     """Newton's method for a + b x in all replicates at once, b fixed at 1 unless `free`; float64 [B, 2], NaN undefined."""
-    line = np.tile([0.0, 1.0], (len(weights), 1))
+    line = np.tile(start, (len(weights), 1))
     found = np.zeros(len(weights), bool)
     with np.errstate(all="ignore"):
         for _ in range(STEPS):
