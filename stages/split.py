@@ -34,7 +34,7 @@ def main() -> None:
         print(f"warning: {warning}", file=sys.stderr)
     print(describe_folds(splits, metrics))
     print(
-        f"split: {metrics['folds']} folds in {output}, {metrics['warnings']} warnings; balance in "
+        f"split: {splits.words} in {output}, {metrics['warnings']} warnings; balance in "
         f"{reports / 'balance.png'}"
     )
 
