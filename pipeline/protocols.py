@@ -14,13 +14,7 @@ from dataclasses import dataclass
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation.compare_numbers import Measured, difference
 from pipeline.evaluation.compare_rules import same_rules, unequal
-from pipeline.evaluation.compare_sources import (
-    Experiment,
-    Finder,
-    Level,
-    read_experiment,
-    some,
-)
+from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment, some
 from pipeline.evaluation.compare_tables import NAMES
 from pipeline.registry import did_you_mean
 

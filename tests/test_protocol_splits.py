@@ -10,25 +10,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from test_splits import (
-    SMALL,
-    SPEC,
-    config,
-    groups_apart,
-    row,
-    small_tests,
-    table,
-    video_id,
-    write_split,
-)
+from test_splits import SMALL, SPEC, config, groups_apart, row, small_tests, table, video_id, write_split
 
 from pipeline.data.manifest import Manifest, pseudonym
-from pipeline.data.split_report import (
-    balance_rows,
-    describe_folds,
-    split_metrics,
-    write_balance_plot,
-)
+from pipeline.data.split_report import balance_rows, describe_folds, split_metrics, write_balance_plot
 from pipeline.data.splits import FRAME_LEVEL, VIDEO_LEVEL, Fold, Splits
 from pipeline.data.splitting import make_splits
 from pipeline.errors import DataError, LeakageError

@@ -19,13 +19,7 @@ from pipeline.evaluation.content import data_tables
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.report import stamp_words
-from pipeline.protocols import (
-    PROTOCOLS,
-    choose_protocols,
-    commands,
-    run_protocols,
-    show_protocols,
-)
+from pipeline.protocols import PROTOCOLS, choose_protocols, commands, run_protocols, show_protocols
 
 OPTIMISTIC = "optimistic (selected on test)"
 
