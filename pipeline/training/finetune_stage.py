@@ -44,8 +44,8 @@ def _parts(config: Config, splits: Splits, fold: Fold) -> dict[str, list[str]]:
     """
     if config.finetune.selection in ("inner", "nested") and not fold.inner:
         raise DataError(
-            f"finetune.selection: {config.finetune.selection} needs inner validation patients, but fold {fold.fold} has too few. Use selection: last, fewer "
-            f"split.folds, or more patients a class."
+            f"finetune.selection: {config.finetune.selection} needs inner validation patients, but fold {fold.fold} has too few. Use selection: "
+            f"last, fewer split.folds, or more patients a class."
         )
     if config.finetune.selection == "nested" and splits.by_frame:
         raise DataError("finetune.selection: nested divides patients and data.group: frame divides nothing by patient. Use selection: inner.")
