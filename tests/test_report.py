@@ -131,6 +131,17 @@ def test_report__pictures_are_whole_and_described(written):
     assert all(anchor["href"][1:] in {section.get("id") for section in page.all("section")} for anchor in page.all("a"))
 
 
+def test_report__headings_go_down_one_step_at_a_time(written):
+    _, _, page = written
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in {"h1", "h2", "h3", "h4"}]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    # Every section but the summary, which has a label, begins with its own title.
+    assert levels.count(2) == len(page.all("section")) - 1
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+
+
 def test_report__says_what_a_clinician_needs(written):
     _, metrics, page = written
     assert metrics["headline"].replace("\u00a0", " ") in page.text.replace("\u00a0", " ")
