@@ -49,6 +49,16 @@ def _backbone_problems(config: Config) -> list[str]:
     return [line for line in lines if line]
 
 
+def _frame_problems(config: Config) -> list[str]:
+    """What a split by frame cannot go with; the split stage would say it only behind extraction."""
+    if config.data.group != "frame":
+        return []
+    lines = ["data.group: frame deals single frames, and split.file divides videos. Set one of them back"] if config.split.file else []
+    if config.data.frame_labels:
+        lines.append("data.group: frame is for videos with one label each, and data.frame_labels gives each frame its own. Use group: video")
+    return lines
+
+
 def _selection_problems(config: Config) -> list[str]:
     """Nested selection with an encoder that knows labels of its validation patients; attention over what a head does not give."""
     pretrain, finetune, lines = config.pretrain, config.finetune, []
@@ -114,6 +124,7 @@ def check_named_files(config: Config) -> None:
     lines = [line for key, path in sources.items() if (line := _source_problem(key, path))]
     if config.split.file is not None and not Path(config.split.file).is_file():
         lines.append(f"split.file: {config.split.file} does not exist. Give a JSON file of folds, or null for folds drawn here.")
+    lines += _frame_problems(config)
     review = config.extract.mask.review
     if review is not None and not Path(review).is_file():
         lines.append(f"extract.mask.review: {review} does not exist. Give a CSV file of decisions (docs/masking.md), or null.")

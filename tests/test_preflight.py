@@ -55,6 +55,16 @@ def test_preflight__each_problem_once_beside_all_others(pretrain: dict[str, Any]
     assert lines[0] == "params.yaml: 2 problems" and lines[1].startswith("  data.source: ") and lines[2].startswith(f"  {start}")
 
 
+def test_preflight__what_a_split_by_frame_cannot_go_with(tmp_path: Path) -> None:
+    (tmp_path / "split.json").write_text("{}")
+    mixed = config(data={"group": "frame", "frame_labels": "{stem}.txt"}, split={"file": str(tmp_path / "split.json")}, finetune={"selection": "nested"})
+    with pytest.raises(ConfigError) as error:
+        check_named_files(mixed)
+    text = str(error.value)
+    assert "3 problems" in text and "split.file divides videos" in text and "data.frame_labels gives each frame its own" in text
+    check_named_files(config(data={"group": "frame"}, finetune={"selection": "best_on_test"}))
+
+
 def test_preflight__small_crops_of_dino_fit_every_patch() -> None:
     for backbone, size, side in (("dinov2_small", 224, 98), ("dinov2_small", 56, 42), ("vit_small_8", 224, 96), ("resnet18", 224, 96)):
         checked = config(pretrain={"method": "dino", "backbone": backbone, "image_size": size})
