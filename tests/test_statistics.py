@@ -8,6 +8,8 @@ import time
 
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import expit, logit
 
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import Scores, classification_metrics
@@ -17,8 +19,10 @@ from pipeline.evaluation.statistics import (
     bootstrap_intervals,
     holm,
     paired_bootstrap,
+    patient_intervals,
     permutation_test,
 )
+from pipeline.evaluation.weighted import clustered_variance, influence
 
 
 def make_scores(seed: int = 0, patients: int = 12, units: int = 4, classes: int = 3, skill: float = 1.5) -> Scores:
@@ -213,6 +217,72 @@ def test_permutation__false_positives_at_the_nominal_rate() -> None:
         pair = [Scores(first.labels, values, first.patients, first.classes) for values in probabilities]
         hits += permutation_test(*pair, "accuracy", permutations=300, seed=trial).p_value <= 0.05
     assert hits / 150 <= 0.10
+
+
+def test_intervals__accuracy_of_independent_units_is_the_closed_form() -> None:
+    right = np.arange(40) % 5 > 0
+    scores = Scores(np.zeros(40, int), np.where(right[:, None], [0.9, 0.1], [0.1, 0.9]), np.array([f"P{i}" for i in range(40)]), ("a", "b"))
+    interval = patient_intervals(scores, ["accuracy"])["accuracy"]
+    # Standard error of a mean with n - 1, carried to the logit by 1 / (p (1 - p)), Student's quantile for 39 degrees.
+    half = stats.t.ppf(0.975, 39) * math.sqrt(0.8 * 0.2 / 39) / (0.8 * 0.2)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.8, expit(logit(0.8) - half), expit(logit(0.8) + half)))
+    found = influence(scores, ["accuracy"])["accuracy"]
+    assert found.widening == (pytest.approx(math.sqrt(40 / 39)), pytest.approx(39))
+    assert bootstrap_intervals(scores, ["accuracy"], replicates=4000)["accuracy"].low == pytest.approx(0.8 - 2.05 * math.sqrt(0.16 / 40), abs=0.025)
+
+
+def test_intervals__balanced_accuracy_is_welchs_mean_of_classes() -> None:
+    # 12 patients of a (3 wrong) and 5 of b (2 wrong): each recall has its own variance and degrees of freedom.
+    labels = np.repeat([0, 1], [12, 5])
+    right = np.r_[np.arange(12) > 2, np.arange(5) > 1]
+    rows = np.eye(2)[np.where(right, labels, 1 - labels)]
+    found = influence(Scores(labels, rows, np.array([f"P{i:02d}" for i in range(17)]), ("a", "b")), ["balanced_accuracy"])["balanced_accuracy"]
+    parts = [0.75 * 0.25 / 11 / 4, 0.6 * 0.4 / 4 / 4]
+    assert found.value == pytest.approx(0.675) and found.carriers.tolist() == [12, 5]
+    assert clustered_variance(found.parts, found.carriers) == pytest.approx((sum(parts), sum(parts) ** 2 / (parts[0] ** 2 / 11 + parts[1] ** 2 / 4)))
+
+
+def test_intervals__more_runs_of_the_same_patients_bring_no_patients() -> None:
+    scores, other = make_scores(0, skill=0.7), make_scores(1, skill=0.7)
+    one, again = patient_intervals(scores), patient_intervals([scores] * 5)
+    for name in METRICS:
+        assert (one[name].low, one[name].high) == pytest.approx((again[name].low, again[name].high))
+    both = patient_intervals([scores, other], ["macro_auroc"])["macro_auroc"]
+    assert both.value == pytest.approx(np.mean([classification_metrics(part)["macro_auroc"] for part in (scores, other)]))
+    listed = permutation_test([scores, scores], [other, other], "accuracy")
+    assert listed.p_value == permutation_test(scores, other, "accuracy").p_value
+    assert paired_bootstrap([scores, scores], other, "macro_f1") == paired_bootstrap(scores, other, "macro_f1")
+    with pytest.raises(DataError, match="2 and 1 runs"):
+        permutation_test([scores, scores], [other], "accuracy")
+    with pytest.raises(DataError, match="no rows"):
+        patient_intervals([])
+
+
+def test_intervals__class_of_one_patient_leaves_only_what_does_not_need_it() -> None:
+    scores = make_scores(patients=13, skill=0.8)
+    kept = (scores.labels != 2) | (scores.patients == "P02")
+    few = Scores(scores.labels[kept], scores.probabilities[kept], scores.patients[kept], scores.classes)
+    for intervals in (patient_intervals(few), bootstrap_intervals(few, replicates=100)):
+        assert intervals["balanced_accuracy"].low is None and "class c comes from 1 patient" in intervals["balanced_accuracy"].reason
+        assert intervals["accuracy"].low < intervals["accuracy"].value < intervals["accuracy"].high
+        assert intervals["log_loss"].low is not None
+    gap = paired_bootstrap(few, few, "macro_auroc")
+    assert gap.difference == 0 and gap.low is None and "1 patient" in gap.reason
+
+
+def test_intervals__no_error_at_all_is_no_certainty() -> None:
+    scores = make_scores()
+    perfect = Scores(scores.labels, np.eye(3)[scores.labels], scores.patients, scores.classes)
+    for interval in patient_intervals(perfect, ["accuracy", "macro_f1", "macro_auroc", "brier"]).values():
+        assert interval.value in (0.0, 1.0) and interval.low is None and "same result" in interval.reason
+
+
+def test_intervals__patient_with_two_labels_counts_once() -> None:
+    scores = make_scores(patients=12, skill=0.5)
+    paired = Scores(scores.labels, scores.probabilities, np.array([f"Q{int(name[1:]) // 2}" for name in scores.patients]), scores.classes)
+    found = influence(paired, ["balanced_accuracy"])["balanced_accuracy"]
+    assert found.parts.shape == (6, 3) and found.carriers.tolist() == [4, 4, 4]
+    assert patient_intervals(paired, ["balanced_accuracy"])["balanced_accuracy"].low is not None
 
 
 def test_holm__worked_example() -> None:
