@@ -192,6 +192,8 @@ def test_repeats__numbers_are_means_over_repeats_with_their_spread(tmp_path: Pat
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "fold 5, repeat 1" in page and "SD over repeats, pooled" in page and "3 folds × 2 repeats" in page
     lines = (tmp_path / "out/predictions_video.csv").read_text(encoding="utf-8").splitlines()
+    folds = (tmp_path / "out/folds.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[1:3] for line in folds[1:]] == [[str(number), str(number // 3)] for number in range(6)]
     assert lines[0].startswith("init,seed,fold,repeat,part,video,patient,label") and len(lines) == 1 + 2 * 24
 
 

@@ -270,7 +270,7 @@ def write_tables(
         name = "confusion.csv" if init == inits[0] else f"confusion_{init}.csv"
         _write_csv(output / name, pd.DataFrame({"actual": own["label"], "predicted": predicted}))
     folds = [
-        {"init": init, "fold": int(fold), **{key: values[key] for key in values if key.startswith(METRICS)}}
+        {"init": init, "fold": int(fold), "repeat": int(fold) // metrics["folds"], **{key: values[key] for key in values if key.startswith(METRICS)}}
         for init in inits
         for fold, values in metrics[init]["folds"].items()
     ]

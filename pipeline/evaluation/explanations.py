@@ -246,7 +246,8 @@ def _words(found: Mapping[str, Any], card: Mapping[str, Any], unit: str) -> list
     if card.get("pooling") == "attention":
         rule += " The network joins the frames of a video by learnt weights; these maps are of single frames."
     lines = [
-        f"{rule} Every frame was explained by the {found['init']} network of its own fold" + ("." if "-level split" in (card.get("stamp") or "") else f", which had never seen that {unit}."),
+        f"{rule} Every frame was explained by the {found['init']} network of its own fold"
+        + ("." if "-level split" in (card.get("stamp") or "") else f", which had never seen that {unit}."),
         WEAK,
     ]
     measured = f"{plural(found['videos'], 'test video')} of {plural(found['patients'], unit)}, one frame each"
