@@ -103,7 +103,8 @@ def _fingerprint(
 ) -> str:
     """Everything that determines the predictions; for `random` that is independent of pretraining."""
     code = code_digest(
-        "grid.py", "training/finetune.py", "training/finetune_stage.py", "training/selection.py", "training/optim.py", "models/classifier.py", "models/backbones.py",
+        "grid.py", "training/finetune.py", "training/finetune_stage.py", "training/selection.py", "training/optim.py", "models/classifier.py",
+        "models/backbones.py",
         "models/catalog.py", "models/vit.py", "models/published.py", "models/lora.py",
         "models/levels.py", "models/heads.py", "data/photometry.py", "data/randaugment.py", "data/transforms.py",
         "data/store.py", "data/frames.py", "data/loader.py", "evaluation/features.py",
