@@ -208,7 +208,7 @@ def test_report__videos_as_groups_are_said_loudly(tmp_path):
 
 def test_report__without_store_and_curves(tmp_path):
     text, _ = make(FakeExperiment(tmp_path))
-    assert "Learning curves" not in text and "Fold by fold" in text
+    assert 'id="training"' not in text and "Fold by fold" in text
 
 
 # words
