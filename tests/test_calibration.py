@@ -413,3 +413,19 @@ def test_part__three_classes_of_three_patients_each(tmp_path):
     part = judged(experiment(tmp_path, patients=9, classes=["a", "b", "c"], clips=1))
     assert all("3 inner validation patients; at least 5" in item["reason"] for item in part.numbers["random"]["items"])
     json.dumps([part.numbers, part.compact, part.headline], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("sharpened", "words"),
+    [(8.0, "It helped: log loss on the test videos changed by −"), (1.0, "shows neither gain nor harm"), (-1, "It did harm: log loss")],
+)
+def test_part__says_whether_it_helped(tmp_path, sharpened, words):
+    """Validation and test too sure alike: a gain. Only validation too sure: the test probabilities get too flat, which is harm."""
+    def change(table):
+        rows = table["part"] == "validation" if sharpened < 0 else table["part"] != ""
+        values = np.maximum(table.loc[rows, ["p_a", "p_b"]].to_numpy(), 1e-6) ** (6.0 if sharpened < 0 else sharpened)
+        table.loc[rows, ["p_a", "p_b"]] = values / values.sum(1, keepdims=True)
+        return table
+
+    part = judged(experiment(tmp_path, skill={"pretrained": 1.0}, seeds=[3]), change)
+    assert words in part.section.words[1]

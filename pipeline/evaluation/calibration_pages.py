@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import BINS
 from pipeline.evaluation.calibration_plots import draw_decision_curves, draw_reliability
 from pipeline.evaluation.calibration_results import DONE, RATES, RAW, Fitted, Judged, judge, write_calibration
 from pipeline.evaluation.parts import Context, Part
-from pipeline.evaluation.report import Picture, Section, Table, number, percent, plural
+from pipeline.evaluation.report import Picture, Section, Table, number, percent, plural, signed
 
 __all__ = ["calibration_part"]
 
@@ -124,6 +124,7 @@ def _words(context: Context, first: Judged) -> list[str]:
             f"It changes the answer for {plural(first.numbers['answers_changed'], 'video')}; all other numbers of this report are those of the "
             "network as it is."
         )
+        fitted += f" {_change_words(context, first.numbers['difference'])}"
     else:
         fitted = f"Nothing was calibrated: {_reasons(first.items)}."
     benefit = (
@@ -133,6 +134,19 @@ def _words(context: Context, first: Judged) -> list[str]:
         "values change with it."
     )
     return [trust, fitted, benefit]
+
+
+def _change_words(context: Context, change: Mapping[str, float | None]) -> str:
+    """Whether calibration helped on the test patients."""
+    value, low, high = (change[f"log_loss{end}"] for end in ("", "_low", "_high"))
+    if value is None or low is None or high is None:
+        return "Whether it helped on the test videos cannot be said: no interval could be computed."
+    said = f"{signed(value)} ({percent(context.config.evaluate.confidence)} interval {signed(low)} to {signed(high)})"
+    if high < 0:
+        return f"It helped: log loss on the test videos changed by {said}."
+    if low > 0:
+        return f"It did harm: log loss on the test videos changed by {said}. The probabilities as predicted are the better ones here."
+    return f"Log loss on the test videos changed by {said}, which shows neither gain nor harm."
 
 
 def _reliability_picture(context: Context, first: Judged) -> Picture:
