@@ -93,6 +93,8 @@ class MaskParams(Section):
     params.yaml turns it on; none is what a file or an encoder's card without this section means."""
     min_confidence: float = Field(0.92, ge=0, le=1)
     """Masks below this go to the review list, and `low_confidence` says what is done with the video."""
+    min_confidence_still: float = Field(0.73, ge=0, le=1)
+    """The same for stills and frozen clips, whose masks are told by brightness alone and never surer than 0.75; 1 lists all of them."""
     low_confidence: Literal["wide", "mask", "keep", "exclude"] = "wide"
     """`wide`: black outside the hull of everything that may belong to the picture; `mask`: the doubtful mask; `keep`: nothing is cut."""
     dual: Literal["keep", "larger", "left", "right", "exclude"] = "keep"

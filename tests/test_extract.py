@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -238,6 +239,15 @@ def test_full_disk__while_filling_the_output(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(DataError, match="frames: the disk is full"):
         run(config())
     assert not Path("frames/manifest.csv").exists(), "half a store must not look whole"
+
+
+def test_tell__counts_warnings_by_kind_in_plain_words(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ("decoded 8 frames where the header claims 9; colour Doppler", "decoded 5 frames where the header claims 7", "colour Doppler", "")
+    extract_module._tell([], [], [SimpleNamespace(warnings=text) for text in texts])
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: 2 of 4 files: decoded 8 frames where the header claims 9 (the first of them; the others with other numbers); see manifest.csv",
+        "warning: 2 of 4 files: colour Doppler; see manifest.csv",
+    ]
 
 
 def test_place__copies_across_file_systems(monkeypatch: pytest.MonkeyPatch) -> None:

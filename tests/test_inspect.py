@@ -138,7 +138,8 @@ def test_inspect__quick_reads_headers_only(capsys: pytest.CaptureFixture[str]) -
 
 def test_inspect__empty_folder_and_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     Path("clips").mkdir()
-    assert main(["inspect", "clips"]) == 0 and "no media" in capsys.readouterr().out
+    assert main(["inspect", "clips"]) == 2 and "clips: no video, picture or DICOM file" in capsys.readouterr().err
+    assert not Path("inspection").exists()
     assert main(["inspect", "nowhere"]) == 2 and "no such folder" in capsys.readouterr().err
     assert main(["inspect", "clips", "--labels", "lables.csv"]) == 2 and "lables.csv" in capsys.readouterr().err
 

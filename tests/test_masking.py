@@ -155,6 +155,16 @@ def test_low_confidence__exclude_goes_to_quarantine() -> None:
     assert "no sure mask" in Path("frames/quarantine.csv").read_text()
 
 
+def test_still__surely_masked_is_not_on_the_review_list() -> None:
+    """A still's confidence ends at 0.75, so it has a threshold of its own; 1 lists all of them."""
+    Path("clips").mkdir()
+    cv2.imwrite("clips/a.png", sample.scan("convex", seed=1).frames[0])
+    run(config({"min_confidence_still": 0.5}))
+    assert table("review.csv") == [] and (table("masks.csv")[0]["action"], rows()["a.png"].warnings) == ("masked", "")
+    run(config({"min_confidence_still": 1.0}))
+    assert [row["action"] for row in table("review.csv")] == ["wide"] and "mask: low confidence" in rows()["a.png"].warnings
+
+
 def test_nothing_found__keeps_everything() -> None:
     sample.write_clip(Path("clips/black.avi"), np.zeros((8, 120, 160), np.uint8))
     run(config())
@@ -387,6 +397,8 @@ def test_sheets__show_the_least_sure_first() -> None:
     assert sheet is not None and (sheet == (0, 255, 0)).all(2).any(), "an outline"
     assert [row["path"] for row in table("review.csv")] == ["z.png"], "a person has to find the file"
     assert "z.png" not in Path("report/masks.csv").read_text()
+    previews = list(Path(".scratch").rglob("*.preview.png"))
+    assert len(previews) == 2 and not any(path.stat().st_mode & 0o077 for path in previews), "they show what is written there"
 
 
 def test_store_mask__damaged_is_named() -> None:

@@ -160,7 +160,11 @@ def _write_mask(scratch: Path, video: str, masker: Masker) -> None:
     else:
         mask.unlink(missing_ok=True)
     if masker.preview is not None:
-        (scratch / f"{video}.preview.png").write_bytes(cv2.imencode(".png", masker.preview)[1].tobytes())
+        # It shows what is written beside the picture. Later runs draw their sheets from it, so it stays, for this user alone.
+        preview = scratch / f"{video}.preview.png"
+        preview.touch(0o600)
+        preview.chmod(0o600)
+        preview.write_bytes(cv2.imencode(".png", masker.preview)[1].tobytes())
 
 
 def _identify(task: Task, result: Extracted) -> None:
@@ -457,13 +461,13 @@ def _tell(notes: list[str], quarantined: list[Extracted], rows: list[VideoRow]) 
     """Notes, warnings (counted by kind) and unreadable files, together after the progress bar."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    counts: dict[str, int] = {}
+    kinds: dict[str, list[str]] = {}
     for row in rows:
         for text in filter(None, row.warnings.split("; ")):
             # The same warning with other numbers is one kind.
-            kind = re.sub(r"\bP?[0-9a-f]*\d[0-9a-f]*\b", "#", text)
-            counts[kind] = counts.get(kind, 0) + 1
-    for text, count in counts.items():
-        print(f"warning: {count} of {len(rows)} files: {text} (# is a number; see manifest.csv)", file=sys.stderr)
+            kinds.setdefault(re.sub(r"\bP?[0-9a-f]*\d[0-9a-f]*\b", "#", text), []).append(text)
+    for texts in kinds.values():
+        more = "" if len(set(texts)) == 1 else " (the first of them; the others with other numbers)"
+        print(f"warning: {len(texts)} of {len(rows)} files: {texts[0]}{more}; see manifest.csv", file=sys.stderr)
     for result in quarantined:
         print(f"unreadable: {result.path}: {result.reason}", file=sys.stderr)

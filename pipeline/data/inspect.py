@@ -247,12 +247,14 @@ def inspect_folder(
         quick: read headers only. workers: processes; by default as many as there are cores. ignore: a folder not to look into.
 
     Raises:
-        DataError: the folder, or a table named by `labels`, does not exist.
+        DataError: the folder, or a table named by `labels`, does not exist, or there is nothing to look at.
     """
     data = data or DataParams()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Name the folder that holds the videos.")
     found, problems = survey_labels(folder, labels, data)
+    if not found.media:
+        raise DataError(f"{folder}: no video, picture or DICOM file is in it. " + " ".join(f"{note}." for note in found.notes))
     result = Inspection(folder, quick, notes=[note for note in found.notes if not note.startswith("files of other types")])
     result.findings += [Finding("labels", text) for text in problems]
     result.files = _look_at_all([Look(item, quick, data.pseudonym_key) for item in found.media], workers)

@@ -154,7 +154,7 @@ class Masker:
         """uint8 [H, W], 255 inside, at the size of the stored frames; None before `decide` and where nothing is cut."""
         self.preview: np.ndarray | None = None
         """uint8 [h, 2 w, 3] BGR: a frame as it was, with the outline, and what is left of it; for the contact sheet."""
-        self._name, self._boxes, self._decision = name, boxes, decision
+        self._name, self._boxes, self._decision, self._least = name, boxes, decision, params.min_confidence
         self._crop: Box | None = None
         self._bytes = self._seen = self._passed = self._looked = self._grew = 0
         self._colours: list[np.ndarray] = []
@@ -198,6 +198,8 @@ class Masker:
         boxes = [scaled for box in self._boxes if (scaled := _scale(box, size, (width, height)))]
         panes = find_panes(grey, boxes)
         sector, report = join_panes(panes), self.report
+        if sector.still:
+            self._least = self.params.min_confidence_still
         action = self._decision.action if self._decision else ""
         report.reviewed, report.panes = action, len(panes)
         report.confidence, report.reasons = sector.confidence, list(sector.reasons)
@@ -219,7 +221,7 @@ class Masker:
         if not mask.any():
             raise DataError(f"{self._name}: the box of extract.mask.review lies outside the picture")
         self._keep(mask, frames, grey)
-        low = sector.confidence < self.params.min_confidence
+        low = sector.confidence < self._least
         report.review = not action and (low or report.action != "masked" or len(panes) > 1 or report.doppler)
 
     def _choose_pane(self, panes: list[Sector], together: Sector) -> Sector:
@@ -244,7 +246,7 @@ class Masker:
         everything = np.ones_like(sector.mask)
         if action == "keep":
             return everything
-        if action == "accept" or sector.confidence >= self.params.min_confidence:
+        if action == "accept" or sector.confidence >= self._least:
             self.report.action = "masked"
             return sector.mask
         if self.params.low_confidence == "exclude":
@@ -311,7 +313,7 @@ class Masker:
             report.review = not report.reviewed
             report.reasons.append(f"in {report.grown:.0%} of the frames looked at the picture reaches beyond the mask")
             notes.append(f"mask: the picture reaches beyond it in {self._grew} of {self._looked} frames looked at (a change of depth?)")
-        if report.confidence is not None and report.confidence < self.params.min_confidence and not report.reviewed:
+        if report.confidence is not None and report.confidence < self._least and not report.reviewed:
             notes.append("mask: low confidence")
         if report.panes > 1:
             notes.append("two pictures side by side")

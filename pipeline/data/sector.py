@@ -40,7 +40,8 @@ class Sector:
 
     mask: bool [H, W]. wide: bool [H, W], the mask and the hull of all that may belong to it, for when it is not sure.
     geometry: convex, phased, linear, or free (no outline fits; the mask is the hull of what moved). confidence: 0 to 1: how
-    well outline and picture agree, lowered by every reason in `reasons`. moving: share of the picture that moved.
+    well outline and picture agree, lowered by every reason in `reasons`. moving: share of the picture that moved. still: told by
+    brightness alone, so that the confidence cannot exceed 0.75.
     """
 
     mask: np.ndarray
@@ -49,6 +50,7 @@ class Sector:
     confidence: float
     moving: float
     reasons: tuple[str, ...] = ()
+    still: bool = False
 
 
 def activity(frames: np.ndarray) -> np.ndarray:
@@ -352,4 +354,4 @@ def _find_one(frames: np.ndarray, box: Box, margin: float, trusted: bool = False
     mask[top:bottom, left:right] = inside
     wide = mask.copy()
     wide[top:bottom, left:right] |= _enlarged(outline.hull, part.shape[1:])
-    return Sector(mask, wide, outline.geometry, confidence, moving, reasons)
+    return Sector(mask, wide, outline.geometry, confidence, moving, reasons, not by_movement)
