@@ -33,7 +33,7 @@ from pipeline.evaluation.report import (
     plural,
     signed,
 )
-from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap
+from pipeline.evaluation.statistics import paired_bootstrap, patient_intervals
 
 __all__ = ["area_facts", "file_facts", "predict", "shortcuts_part"]
 
@@ -160,13 +160,11 @@ def _judge(context: Context, facts: pd.DataFrame) -> dict[str, Any]:
     table, used = predict(facts, splits, settings.seed)
     scores = Scores.from_table(table, splits.classes)
     how = {"replicates": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
-    values, intervals = classification_metrics(scores), bootstrap_intervals(scores, METRICS, **how)
+    values, intervals = classification_metrics(scores), patient_intervals(scores, METRICS, confidence=settings.confidence)
     result: dict[str, Any] = {"facts": list(facts.columns), "patients": values["patients"], "videos": int(table["video"].nunique())}
     result["undefined"] = {}
     for name in METRICS:
         low, high, reason = intervals[name].low, intervals[name].high, intervals[name].reason
-        if low is not None and high is not None and high - low < 1e-9:
-            low, high, reason = None, None, f"all {context.unit}s gave the same result, so resampling them tells nothing"
         result |= {name: values[name], f"{name}_low": low, f"{name}_high": high}
         if reason:
             result["undefined"][f"{name} interval"] = reason

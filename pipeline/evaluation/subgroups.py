@@ -32,9 +32,9 @@ from pipeline.evaluation.report import (
 )
 from pipeline.evaluation.statistics import (
     WeightedMetrics,
-    bootstrap_intervals,
     draw_patients,
     holm,
+    patient_intervals,
 )
 from pipeline.files import atomic_write
 from pipeline.registry import did_you_mean
@@ -143,7 +143,7 @@ def _one_level(context: Context, table: pd.DataFrame, inside: np.ndarray, how: M
     if classes < 2:
         return {**result, "reason": f"all videos have the class {own['label'].iloc[0]}"}
     scores = Scores.from_table(own, context.splits.classes)
-    values, intervals = classification_metrics(scores), bootstrap_intervals(scores, METRICS, **how)
+    values, intervals = classification_metrics(scores), patient_intervals(scores, METRICS, confidence=how["confidence"])
     for name in METRICS:
         result |= {name: values[name], f"{name}_low": intervals[name].low, f"{name}_high": intervals[name].high}
     others = table[~inside]
