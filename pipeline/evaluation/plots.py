@@ -127,14 +127,15 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros_like(matrix), where=total > 0)
     side = 1.3 + (0.98 if len(classes) < 5 else 0.75) * len(classes)
-    with card(path, stamp, figsize=(side + 0.9, side)) as figure:
+    room = 0.04 * max(0, min(32, max(map(len, classes))) - 12)
+    with card(path, stamp, figsize=(side + 0.9 + room, side)) as figure:
         axes = figure.add_subplot()
         shades = axes.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
         names = [plain_text(name, 18) for name in classes]
         fits = max(map(len, names)) < (15 if len(classes) < 5 else 9)
         turned = {} if fits else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(range(len(classes)), names, **turned)
-        axes.set_yticks(range(len(classes)), names)
+        axes.set_yticks(range(len(classes)), [plain_text(name, 32) for name in classes])
         axes.set(xlabel="Predicted", ylabel="Truth")
         axes.set_title(title)
         axes.grid(False)
