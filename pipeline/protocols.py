@@ -181,6 +181,8 @@ def _markdown(rows: Sequence[Experiment], level: str) -> str:
         elif why:
             notes.append(f"{why}.")
     base = honest or rows[0]
+    if level != "frame" and any(row.params.get("data.group") == "frame" for row in rows):
+        notes.append(f"In the split by frame a {level} counts once a fold, by the frames which that fold tests.")
     for row in rows:
         others = unequal(row.params, base.params, KEYS)
         if others:

@@ -64,6 +64,7 @@ def test_table__one_row_a_protocol_with_stamp_interval_and_difference(tmp_path: 
             float(row[5]) - (float(row[1].split()[0]) - float(honest[1].split()[0]))) <= 0.0101
         assert row[6] == "–"
     notes = "\n".join(line for line in lines if not line.startswith("|"))
+    assert "In the split by frame a video counts once a fold" in notes
     assert "12 patients, 24 units, 3 folds, 1 seed" in notes
     assert "No test for video-test, frame-test: the folds are not those of patient-inner" in notes and "more than the protocol" not in notes
 
