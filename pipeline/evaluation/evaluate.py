@@ -243,7 +243,8 @@ def log_results(tracker: NullTracker, metrics: Mapping[str, Any], output: Path) 
     tags |= {"phases.convention": numbers["convention"] for numbers in metrics.get("phases", {}).values()}
     tracker.set_tags(tags)
     tracker.set_parent_tags(tags)
-    for name in ("metrics.json", "details.json", "predictions.csv", "predictions_video.csv", "pictures", "model_card.md", "checklist.md"):
+    tables = ("predictions.csv", "predictions_video.csv", "predictions_patient.csv")
+    for name in ("metrics.json", "details.json", *tables, "pictures", "model_card.md", "checklist.md"):
         tracker.log_artifact(output / name)
     tracker.log_parent_artifact(output / "report.html")
 
