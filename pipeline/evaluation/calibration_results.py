@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import (
 from pipeline.evaluation.metrics import RUN_COLUMNS, Scores, aggregate
 from pipeline.evaluation.parts import Context
 from pipeline.evaluation.predictions import Item, probability_columns
-from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap
+from pipeline.evaluation.statistics import paired_bootstrap, patient_intervals
 from pipeline.evaluation.summary import average
 from pipeline.evaluation.weighted import draw_patients
 from pipeline.files import atomic_write
@@ -152,9 +152,7 @@ def _state_numbers(context: Context, runs: Sequence[Scores], pooled: Scores, wei
     """Means over seeds; intervals of log loss, Brier score, slope and intercept over patients (`weights`: [B, N] of `pooled`)."""
     settings = context.config.evaluate
     result = average([calibration_metrics(one) for one in runs])
-    intervals = bootstrap_intervals(
-        runs, ["log_loss", "brier"], replicates=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
-    )
+    intervals = patient_intervals(runs, ["log_loss", "brier"], confidence=settings.confidence)
     for name, found in intervals.items():
         result |= {f"{name}_low": found.low, f"{name}_high": found.high}
     for place, name in enumerate(pooled.classes):
@@ -202,15 +200,10 @@ def _threshold_numbers(context: Context, items: Sequence[Fitted], name: str) -> 
         called = (one.done[f"p_{name}"] >= one.thresholds[name]).astype(float)
         label = np.where(one.done["label"] == name, "called", "not called")
         tables.append(one.done.assign(label=label, **{"p_called": called, "p_not called": 1 - called}))
-    intervals = bootstrap_intervals(
-        _runs(pd.concat(tables), ["not called", "called"]), list(RATES.values()), replicates=settings.bootstrap,
-        confidence=settings.confidence, seed=settings.seed,
-    )
+    intervals = patient_intervals(_runs(pd.concat(tables), ["not called", "called"]), list(RATES.values()), confidence=settings.confidence)
     for rate, metric in RATES.items():
         found = intervals[metric]
-        # Resampling patients who all gave the same result finds no spread; that is no proof of certainty.
-        known = found.low is not None and found.high is not None and found.high - found.low > 1e-9
-        result |= {rate: found.value, f"{rate}_low": found.low if known else None, f"{rate}_high": found.high if known else None}
+        result |= {rate: found.value, f"{rate}_low": found.low, f"{rate}_high": found.high}
     return result | {"reason": ""}
 
 
