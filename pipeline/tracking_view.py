@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from pipeline.tracking_store import LEVEL, connect
 
@@ -19,7 +20,7 @@ METRIC = "balanced_accuracy"
 COLUMNS = (METRIC, "macro_auroc", "pretraining_gain")
 """Without the ends of the interval: a run's name has them."""
 WIDTHS = {"attributes.`Run Name`": 460, "metrics": 140, "params": 150, "tags": 120}
-MOST_PARAMS, MOST_RUNS = 6, 500
+MOST_PARAMS, MOST_RUNS, MOST_COMPARED = 6, 500, 50
 ONLY_EXPERIMENTS = f"tags.`{LEVEL}` = 'execution'"
 
 
@@ -80,6 +81,6 @@ def prepare_view(uri: str, experiment: str) -> dict[str, str]:
     place = f"#/experiments/{found.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
     addresses = {"table": place, "charts": f"{place}&compareRunsMode=CHART"}
     if len(judged) > 1:
-        chosen = json.dumps([run.info.run_id for run in judged[:50]], separators=(",", ":"))
-        addresses["compare"] = f"#/compare-runs?runs={chosen}&experiments={json.dumps([found.experiment_id])}"
+        chosen = (json.dumps(ids, separators=(",", ":")) for ids in ([run.info.run_id for run in judged[:MOST_COMPARED]], [found.experiment_id]))
+        addresses["compare"] = "#/compare-runs?runs={}&experiments={}&workflowType=machine_learning".format(*map(quote, chosen))
     return addresses

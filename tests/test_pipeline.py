@@ -250,8 +250,8 @@ def test_repro__a_finetuning_parameter_repeats_no_pretraining(varied: Story) -> 
 def test_mlflow__one_parent_with_the_result_and_a_child_for_each_stage_and_fold(varied: Story, runs: list[Any]) -> None:
     (parent,) = [one for one in _parents(runs) if one.info.run_id == varied.seen["outcome"]["sidecars"]["split"]["parent_id"]]
     outcome = varied.seen["outcome"]["metrics"]
-    assert parent.data.metrics["balanced_accuracy"] == pytest.approx(outcome["balanced_accuracy"])
-    assert "pretrained.video.accuracy" not in parent.data.metrics and parent.info.run_name.startswith("ucl ")
+    assert parent.data.metrics["balanced_accuracy"] == pytest.approx(outcome["balanced_accuracy"], abs=5e-5)
+    assert "pretrained.video.accuracy" not in parent.data.metrics and " ucl " in parent.info.run_name
     assert parent.data.params["methods.ucl.temperature"] == "0.07" and parent.data.params["split.folds"] == "[0, 1]"
     assert not [key for key in parent.data.params if key.startswith(("methods.simclr", "data.source", "tracking", "launch"))]
     names = sorted(one.info.run_name for one in _children(runs, parent))

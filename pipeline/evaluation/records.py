@@ -16,11 +16,12 @@ __all__ = ["description", "log_execution", "log_folds", "parent_metrics", "run_n
 
 MOST_FOLDS = 20
 """Folds that get a run of their own; each costs about a third of a second."""
+DIGITS = 4
 CHILD_METRICS = tuple(METRIC_NAMES)
 
 
 def parent_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of the experiment's own run; undefined ones are left out.
+    """Numbers of the experiment's own run, rounded for MLflow's narrow columns; undefined ones are left out.
 
     MLflow's comparison starts with the first name of the alphabet, so `balanced_accuracy` comes before all others.
     """
@@ -35,14 +36,14 @@ def parent_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     # Those of another initialisation stand on the run of the stage.
     others = {"pretrained", "random"} - {metrics["headline_init"]}
     flat |= {key: value for key, value in metrics.get("headline_parts", {}).items() if not others & set(key.split("."))}
-    return {key: value for key, value in flat.items() if value is not None}
+    return {key: round(value, DIGITS) for key, value in flat.items() if value is not None}
 
 
 def run_name(start: str, metrics: Mapping[str, Any]) -> str:
-    """`ucl temperature=0.2 | 0.72 (0.60–0.83)`; a stamped result says so."""
+    """`0.72 (0.60–0.83) ucl temperature=0.2`, the result first because MLflow cuts names; a stamped one has an exclamation mark."""
     value, low, high = (metrics[f"balanced_accuracy{end}"] for end in ("", "_low", "_high"))
     span = f" ({number(low)}–{number(high)})" if low is not None and high is not None else ""
-    return f"{start} | {number(value)}{span}{' !' if metrics['stamp'] else ''}"
+    return f"{number(value)}{span}{' !' if metrics['stamp'] else ''} {start}"
 
 
 def description(metrics: Mapping[str, Any]) -> str:
@@ -77,5 +78,5 @@ def log_folds(config: Config, metrics: Mapping[str, Any]) -> None:
             found = {name: values[name] for name in CHILD_METRICS}
             found |= {f"balanced_accuracy{end}": values[f"balanced_accuracy{end}"] for end in ("_low", "_high")}
             found |= {f"{init}.balanced_accuracy": metrics[init]["folds"][fold]["balanced_accuracy"] for init in others}
-            child.log_metrics({key: value for key, value in found.items() if value is not None})
+            child.log_metrics({key: round(value, DIGITS) for key, value in found.items() if value is not None})
             child.set_tags({"stamp": values["stamp"] or "none"})
