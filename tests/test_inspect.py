@@ -61,6 +61,7 @@ def odd_folder(root: Path) -> Path:
     (root / "empty.mp4").touch()
     (root / "notes.docx").write_text("x")
     (root / ".hidden").write_text("x")
+    (root / "sizes.csv").write_text("name,width\none/scan.avi,3\n")
     (root / "out.mp4").symlink_to("/etc/hostname")
     rows = ["one/scan.avi,sick,Anna", "two/Scan.AVI,well,Bert", "copy.avi,well,Cleo", "gone.avi,well,Bert", "static.avi,sick,", "short.avi,sick,Anna"]
     (root / "labels.csv").write_text("\n".join(["path,label,patient", *rows]), encoding="utf-8")
@@ -75,10 +76,9 @@ def test_inspect__every_oddity_of_a_folder(capsys: pytest.CaptureFixture[str]) -
     found = {code: {item["path"] for item in entry["found"]} for code, entry in facts["findings"].items()}
     bad = "bad\\x0aname.mp4"
     expected = {
-        "unreadable": {bad, "empty.mp4"}, "labels": {""}, "same-content": {"one/scan.avi", "copy.avi"},
-        "same-content-labels": {"one/scan.avi", "copy.avi"}, "same-content-patients": {"one/scan.avi", "copy.avi"},
-        "near-duplicate": {"two/Scan.AVI", "re-encoded.mp4"}, "static": {"static.avi"}, "short": {"short.avi"},
-        "same-name": {"one/scan.avi", "two/Scan.AVI"}, "not-ascii": {"Größe.avi"}, "not-printable": {bad},
+        "unreadable": {bad, "empty.mp4"}, "labels": {""}, "same-content": {"copy.avi"}, "same-content-labels": {"copy.avi"},
+        "same-content-patients": {"copy.avi"}, "near-duplicate": {"re-encoded.mp4"}, "no-table": {""}, "static": {"static.avi"}, "short": {"short.avi"},
+        "same-name": {"one/scan.avi"}, "not-ascii": {"Größe.avi"}, "not-printable": {bad},
         "not-read": {"notes.docx"}, "link-outside": {"out.mp4"}, "no-patient": {"static.avi"}, "few-patients": {""},
         "tiny": {"pictures"},
     }
@@ -91,6 +91,8 @@ def test_inspect__every_oddity_of_a_folder(capsys: pytest.CaptureFixture[str]) -
     rows = table()
     by_path = {row["path"]: row for row in rows}
     assert len(rows) == 11 + 2 and by_path["empty.mp4"]["readable"] == "no" and "empty" in by_path["empty.mp4"]["errors"]
+    assert "as one/scan.avi" in by_path["copy.avi"]["warnings"] and "as copy.avi" in by_path["one/scan.avi"]["warnings"], "both rows name the other"
+    assert facts["findings"]["near-duplicate"]["count"] == 1 and facts["notes"] == [], "a pair counts once; what is a finding is no note as well"
     assert float(by_path["static.avi"]["repeated_share"]) > 0.9 and by_path["one/scan.avi"]["frames"] == "40"
 
 

@@ -255,8 +255,11 @@ def inspect_folder(
     found, problems = survey_labels(folder, labels, data)
     if not found.media:
         raise DataError(f"{folder}: no video, picture or DICOM file is in it. " + " ".join(f"{note}." for note in found.notes))
-    result = Inspection(folder, quick, notes=[note for note in found.notes if not note.startswith("files of other types")])
-    result.findings += [Finding("labels", text) for text in problems]
+    # What stands among the findings is not said twice.
+    said = ("files of other types", *found.passed_over)
+    notes = [note for note in found.notes if not note.startswith(said) and " links lead out " not in note]
+    result = Inspection(folder, quick, notes=notes)
+    result.findings += [Finding("labels", text) for text in problems] + [Finding("no-table", text) for text in found.passed_over]
     result.files = _look_at_all([Look(item, quick, data.pseudonym_key) for item in found.media], workers)
     _say_labels(result, found.labels, data.pseudonym_key)
     result.others = _walk(folder, found.media, ignore)
@@ -337,7 +340,7 @@ def _check_names(files: list[FileReport], media: dict[str, Media], folder: Path)
         same[unicodedata.normalize("NFC", report.path.rsplit("/", 1)[-1]).casefold()].append(report)
     for group in same.values():
         for report in group if len(group) > 1 else ():
-            report.findings.append(Finding("same-name", f"as {_others(group, report)}"))
+            report.findings.append(Finding("same-name", f"as {_others(group, report)}", again=report is not group[0]))
 
 
 def _others(group: Sequence[FileReport], report: FileReport, limit: int = 3) -> str:
@@ -379,13 +382,13 @@ def _say_pairs(code: str, group: list[FileReport], how: str) -> None:
     """A finding for each of a group of copies, more serious where labels or patients disagree."""
     labels, patients = (sorted({getattr(report, key) for report in group} - {""}) for key in ("label", "patient"))
     for report in group:
-        others = _others(group, report)
+        others, again = _others(group, report), report is not group[0]
         apart = "; other patient" if len(patients) > 1 and code == "near-duplicate" else ""
-        report.findings.append(Finding(code, f"as {others}{how}{apart}"))
+        report.findings.append(Finding(code, f"as {others}{how}{apart}", again=again))
         if len(labels) > 1:
-            report.findings.append(Finding(f"{code}-labels", f"{' and '.join(labels[:3])}: as {others}"))
+            report.findings.append(Finding(f"{code}-labels", f"{' and '.join(labels[:3])}: as {others}", again=again))
         if len(patients) > 1 and code == "same-content":
-            report.findings.append(Finding("same-content-patients", f"{' and '.join(patients[:3])}: as {others}"))
+            report.findings.append(Finding("same-content-patients", f"{' and '.join(patients[:3])}: as {others}", again=again))
 
 
 def _check_lengths(files: list[FileReport]) -> None:

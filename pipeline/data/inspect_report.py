@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 def summary(inspection: Inspection) -> dict[str, Any]:
-    """Counts, ranges and findings by kind (with the paths concerned), as JSON."""
+    """Counts, ranges and findings by kind (with the paths concerned; a pair of copies counts once), as JSON."""
     files = inspection.files
     good = [report for report in files if report.readable]
     clips = [report for report in good if report.kind != "image"]
@@ -44,6 +44,8 @@ def summary(inspection: Inspection) -> dict[str, Any]:
         classes[label] = {"files": len(own), "patients": len({report.patient for report in own} - {""})}
     kinds: dict[str, dict[str, Any]] = {}
     for path, finding in inspection.all_findings():
+        if finding.again:
+            continue
         kind = KINDS[finding.code]
         entry = kinds.setdefault(finding.code, {"severity": kind.severity, "title": kind.title, "advice": kind.advice, "count": 0, "found": []})
         entry["count"] += 1

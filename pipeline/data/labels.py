@@ -50,6 +50,8 @@ class LabelledMedia:
     media: list[Media]
     labels: dict[str, Label]
     notes: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    """Those of the notes that are about tables without labels."""
     columns: list[str] = field(default_factory=list)
     """Columns of the tables, without those of paths and patients."""
     cells: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -132,7 +134,7 @@ def _gather(root: Path, setting: str, params: DataParams, strict: bool) -> tuple
     tables.problems += [f"{row.where}: path '{row.path}' leads out of the folder" for row in escaping]
     tables.rows = [row for row in tables.rows if not _escapes(row)]
     survey = find_media(root, {row.path for row in tables.rows})
-    found = LabelledMedia(survey.media, {}, survey.notes + tables.notes)
+    found = LabelledMedia(survey.media, {}, survey.notes + tables.notes, tables.notes)
     if tables.files:
         _attach(found, tables, survey)
     return found, tables

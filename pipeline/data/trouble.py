@@ -52,17 +52,19 @@ class Kind:
 
 @dataclass(frozen=True)
 class Finding:
-    """One trouble of one file. `code` is a key of `KINDS`; `frame`: where to see it."""
+    """One trouble of one file. `code` is a key of `KINDS`; `frame`: where to see it; `again`: told at another file of its pair already."""
 
     code: str
     text: str
     frame: int | None = None
+    again: bool = False
 
 
 _NOTHING = "nothing to do; extraction reads it"
 KINDS: dict[str, Kind] = {
     "unreadable": Kind("error", "cannot be read", "replace or remove them; extraction lists them in quarantine.csv and goes on"),
     "labels": Kind("error", "labels table and files disagree", "correct the table; extraction stops until they agree"),
+    "no-table": Kind("warning", "CSV table that gives no labels", "if it should, rename its columns or set the keys of section data, and look again"),
     "same-content-labels": Kind("error", "one content under different labels", "decide which label is right"),
     "same-content-patients": Kind("error", "one content under different patients", "decide which patient it is"),
     "near-duplicate-labels": Kind("error", "one recording under different labels", "look at both; give them one label or remove one"),
