@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -443,10 +445,12 @@ def test_mlflow__asking_creates_no_store(tmp_path: Path) -> None:
     assert Finder().names() == [] and not (tmp_path / "cwd" / "mlflow.db").exists()
 
 
-def test_dvc__experiments_revisions_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dvc__experiments_revisions_and_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A project with two commits whose results are in DVC's cache, read without touching the working tree."""
-    import subprocess
-
+    # DVC keeps writing to the standard output that it met first, which is an earlier test's.
+    caplog.set_level("CRITICAL", "dvc")
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
@@ -465,8 +469,6 @@ def test_dvc__experiments_revisions_and_what_is_missing(tmp_path: Path, monkeypa
     for name, right in (("one", 0.5), ("two", 1.0)):
         project(tmp_path / f"made-{name}", right)
         if (home / "reports").exists():
-            import shutil
-
             shutil.rmtree(home / "reports")
         (tmp_path / f"made-{name}" / "reports").rename(home / "reports")
         (home / "params.yaml").write_bytes((tmp_path / f"made-{name}" / "params.yaml").read_bytes())
