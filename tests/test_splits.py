@@ -311,6 +311,13 @@ def test_split_file__mistakes_are_named(tmp_path: Path, change: Any, message: st
         ('{"folds": [1, 2, 3]}', "needs one of the keys test"),
         ('{"folds": [{"test": "a"}, {}, {}]}', "must be a list of paths"),
         ('{"folds": [{"test": []}, {"train": []}, {}]}', r"folds\[1\] needs one of the keys"),
+        (
+            '{"folds": [{"test": []}, {"test_patients": [], "train_patients": []}, {}]}',
+            r"split.file: .*s.json: folds\[1\]: unknown key 'train_patients'. Did you mean 'train'\? Allowed: test, .*, train, inner, repeat",
+        ),
+        ('{"folds": [{"test": [], "validation_patients": []}, {}, {}]}', r"folds\[0\]: unknown key 'validation_patients'. Did you mean 'inner'"),
+        ('{"folds": [{"test": [], "iner": []}, {}, {}]}', r"unknown key 'iner'. Did you mean 'inner'\?"),
+        ('{"folds": [{"test": [], "inner": [{"validation": [], "tran": []}]}, {}, {}]}', r"folds\[0\].inner\[0\]: unknown key 'tran'. Did you mean 'train'"),
     ],
 )
 def test_split_file__wrong_form(tmp_path: Path, text: str, message: str) -> None:

@@ -2,8 +2,9 @@
 
 Forms, all JSON with one item a fold under `folds`: `{"test": [entry, ...]}`, where `test_videos`, `test_paths` or
 `test_patients` may stand for `test`, and `train`, `inner` (`[{"validation": [...]}, ...]`) and `repeat` may be added, as
-splits.json itself has them; with `split.repeats` the folds of one repeat stand before those of the next. An entry is a
-path of the manifest, a video id, a patient id of the labels table, or its pseudonym.
+splits.json itself has them; with `split.repeats` the folds of one repeat stand before those of the next. Numbers and words about a fold
+(`fold`, `name`, `description`, `remark`, `comment`, `n_...`, `..._per_class`) are passed over, any other key is refused. An entry is a path of
+the manifest, a video id, a patient id of the labels table, or its pseudonym.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from typing import Any
 from pipeline.data.manifest import Manifest, pseudonym
 from pipeline.errors import DataError
 from pipeline.files import read_json
+from pipeline.registry import did_you_mean
 
 __all__ = ["GivenFold", "GivenSplit", "read_given_split"]
 
 TEST_KEYS = ("test", "test_videos", "test_paths", "test_patients")
+FOLD_KEYS = (*TEST_KEYS, "train", "inner", "repeat")
+INNER_KEYS = ("validation", "train")
+FACTS = ("fold", "name", "description", "remark", "comment")
 SHOWN = 8
 
 
@@ -178,8 +183,22 @@ def _entries(path: Path, value: Any, where: str) -> list[str]:
     return [str(entry) for entry in value]
 
 
+def _check_keys(path: Path, where: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse a key that nothing reads: a misspelt one, or a part of the division that would be ignored."""
+    for name in value if isinstance(value, dict) else ():
+        if name not in (*allowed, *FACTS) and not name.startswith("n_") and not name.endswith("_per_class"):
+            # Nearer in letters to test_patients, but meant is another part.
+            meant = {"train": " Did you mean 'train'?", "val": " Did you mean 'inner': [{'validation': [...]}]?"}
+            hint = next((text for start, text in meant.items() if name.startswith(start)), did_you_mean(name, allowed))
+            raise DataError(
+                f"split.file: {path}: {where}: unknown key '{name}'.{hint} Allowed: {', '.join(allowed)}; each list takes "
+                f"paths, video ids and patient ids. Notes may stand under {', '.join(FACTS)}, n_..., ..._per_class"
+            )
+
+
 def _fold(path: Path, number: int, value: Any) -> GivenFold:
     where = f"folds[{number}]"
+    _check_keys(path, where, value, FOLD_KEYS)
     key = next((name for name in TEST_KEYS if isinstance(value, dict) and name in value), None)
     if key is None:
         found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
@@ -187,6 +206,8 @@ def _fold(path: Path, number: int, value: Any) -> GivenFold:
     inner = value.get("inner", [])
     if not isinstance(inner, list) or not all(isinstance(part, dict) and "validation" in part for part in inner):
         raise DataError(f'{path}: {where}.inner must be a list of {{"validation": [...]}}')
+    for place, part in enumerate(inner):
+        _check_keys(path, f"{where}.inner[{place}]", part, INNER_KEYS)
     return GivenFold(
         test=_entries(path, value[key], f"{where}.{key}"),
         train=_entries(path, value["train"], f"{where}.train") if "train" in value else None,
