@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -132,6 +133,16 @@ def test_numbers__class_absent_in_a_fold(tmp_path):
     assert metrics["pretrained"]["fold_mean"]["macro_auroc_folds"] == 1
     assert metrics["pretrained"]["video"]["per_class"]["b"]["support"] == len(only)
     assert "Fold 1 has no test video of b" in (tmp_path / "out/report.html").read_text()
+
+
+def test_numbers__a_fixed_division_counts_those_it_tests(tmp_path):
+    whole = FakeExperiment(tmp_path / "whole", patients=12, clips=2)
+    given = replace(whole.splits, folds=whole.splits.folds[:1])
+    fake = FakeExperiment(tmp_path / "fixed", given=given, params={"split": {"file": "official.json"}})
+    metrics = evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "out")
+    assert (metrics["patients"], metrics["videos"]) == (4, 8)
+    assert "4 patients, 8 videos, 1 fold" in metrics["headline"]
+    assert "one fixed division into training and test" in (tmp_path / "out/checklist.md").read_text(encoding="utf-8")
 
 
 def test_numbers__seeds_are_averaged_and_their_spread_is_shown(tmp_path):

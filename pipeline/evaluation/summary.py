@@ -54,13 +54,15 @@ def summarise(
     inits = list(dict.fromkeys(config.finetune.initialisations))
     first = "pretrained" if "pretrained" in inits else inits[0]
     stamps = {init: _stamps(config, [item for item in items if item.card.init == init], splits) for init in inits}
+    # A fixed division tests a part of the labelled videos only.
+    tested = {video for fold in splits.folds for video in fold.test}
     metrics: dict[str, Any] = {
         "schema": 1,
         "headline_init": first,
         "group": splits.group,
         "stamp": ", ".join(dict.fromkeys(sum(stamps.values(), []))),
-        "patients": len({splits.groups[video] for video in splits.labels}),
-        "videos": len(splits.labels),
+        "patients": len(splits.groups_of(tested)),
+        "videos": len(tested),
         "frames": len(tables["frame"].drop_duplicates(["video", "frame"])),
         "folds": splits.folds_per_repeat,
         "repeats": splits.repeats,
