@@ -371,7 +371,7 @@ def test_part__best_on_test_is_not_calibrated_whatever_its_rows_say(tmp_path):
 
 
 def test_part__validation_patients_that_are_also_tested(tmp_path):
-    """A split by frame or by video has them; nothing may be fitted on them."""
+    """Nothing may be fitted on them."""
     fake = experiment(tmp_path)
 
     def both(table):
@@ -380,6 +380,14 @@ def test_part__validation_patients_that_are_also_tested(tmp_path):
 
     for item in judged(fake, both).numbers["pretrained"]["items"]:
         assert "1 of its 1 inner validation patients are also tested" in item["reason"] and item["thresholds"]["a"] is None
+
+
+def test_part__divided_patients_are_not_fitted_on_though_their_videos_differ(tmp_path):
+    """A split by video: the column patient names videos, so that only the split knows whose they are."""
+    fake = experiment(tmp_path)
+    fake.splits = replace(fake.splits, group="video", divided_patients=3)
+    for item in judged(fake).numbers["pretrained"]["items"]:
+        assert "share patients: video-level split" in item["reason"] and item["thresholds"]["a"] is None
 
 
 def test_part__a_class_that_one_validation_part_lacks(tmp_path):

@@ -78,8 +78,11 @@ def _fit(context: Context, item: Item) -> Fitted:
         reason = "its epoch was chosen on test patients, so no patients are left to fit on"
     elif held.empty:
         reason = f"no inner validation patients (finetune.selection: {item.card.selection})"
+    elif context.splits.stamp:
+        # Where videos are divided, the column patient names videos and would not show it.
+        reason = f"its inner validation and test parts share patients: {context.splits.stamp}"
     elif shared:
-        reason = f"{len(shared)} of its {held['patient'].nunique()} inner validation {context.unit}s are also tested (a split by frame or video)"
+        reason = f"{len(shared)} of its {held['patient'].nunique()} inner validation {context.unit}s are also tested"
     if reason:
         calibrator = Calibrator(1.0, (0.0,) * len(classes), 0, 0, reason)
         return Fitted(item, calibrator, dict.fromkeys(classes), dict.fromkeys(classes, 0), test, test)
