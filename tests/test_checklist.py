@@ -43,6 +43,9 @@ def test_files__tell_of_this_run(written):
     for text in (checklist, card):
         assert metrics["headline"] in text and "Lung study" in text and "optimistic (selected on test)" in text
         assert "top-secret-key" not in text and "/home/clinic" not in text and "http" not in text
+    # Epochs chosen on test patients leave nobody to fit anything on.
+    assert "no thresholds, for want of inner validation patients" in checklist and "fitted on inner" not in checklist
+    assert "Same source, other patients" in checklist and "linearisation over patients" in card
     assert "keyed pseudonyms" in checklist and " pretrained by ucl, fine-tuned (" in checklist
     titles = re.findall(r"^## (.*)", card, re.MULTILINE)
     assert titles == [
@@ -52,6 +55,15 @@ def test_files__tell_of_this_run(written):
     # A bar in a class name does not break a row.
     assert "a\\|b" in card and all(line.count("|") - line.count("\\|") in (4, 5) for line in card.splitlines() if line.startswith("|"))
     assert metrics["checklist"]["CLAIM 2024"] == {"filled": 44 - checklist_left(CLAIM), "to_fill": checklist_left(CLAIM), "items": 44}
+
+
+def test_files__a_split_by_frame_is_not_called_anything_better(tmp_path):
+    fake = FakeExperiment(tmp_path, group="frame", frames=12, params={"data": {"group": "frame"}, "evaluate": {"bootstrap": 100, "explanations": 0}})
+    evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "out")
+    for name in ("checklist.md", "model_card.md"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "had trained on other frames of its video" in text and "had not trained on it" not in text
+        assert "fitted on inner" not in text and "other groups" not in text
 
 
 def checklist_left(rows) -> int:

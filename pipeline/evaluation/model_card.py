@@ -36,6 +36,13 @@ _SELECTION = {
     "best_on_test": "the epoch was chosen on the test {unit}s themselves (optimistic)",
 }
 
+_CALIBRATION = {
+    "none": "None (evaluate.calibration: none)",
+    "temperature": "Temperature scaling, fitted on inner validation {unit}s, shown beside the uncalibrated values",
+    "platt": "Platt scaling, fitted on inner validation {unit}s, shown beside the uncalibrated values",
+    "impossible": "None, for want of inner validation {unit}s apart from those tested",
+}
+
 
 def run_facts(context: Context) -> dict[str, str]:
     """Phrases that the checklists and the card are filled with; no name, path or identity."""
@@ -58,7 +65,7 @@ def run_facts(context: Context) -> dict[str, str]:
         "preparation": kept, "missing": f"videos without a label serve pretraining only ({len(splits.unlabelled)}); "
         + (" ".join(excluded) if excluded else "no class was left out"),
         "input": f"frames of {pretrain.image_size} × {pretrain.image_size} pixels",
-        "protocol": f"cross-validation, {splits.words}, {_sides(context)}, split seed {splits.seed}",
+        "protocol": f"{_division(context)}, {_sides(context)}, split seed {splits.seed}",
         "disjoint": _sides(context),
         "model": f"{pretrain.backbone} pretrained by {pretrained}, fine-tuned ({tuned.trainable}, head {tuned.head})",
         "selection": _SELECTION[tuned.selection].format(unit=unit),
@@ -67,10 +74,14 @@ def run_facts(context: Context) -> dict[str, str]:
         f"({tuned.optimizer.name}), seeds {', '.join(map(str, tuned.seeds))}",
         "subgroups": ", ".join(config.evaluate.subgroups) or "none asked for (evaluate.subgroups)",
         "measures": ", ".join(METRIC_NAMES.values()) + ", precision-recall, calibration, decision curve",
-        "uncertainty": f"{percent(config.evaluate.confidence)} intervals from {config.evaluate.bootstrap} bootstrap samples of whole {unit}s, "
-        "paired permutation test",
+        "uncertainty": f"{percent(config.evaluate.confidence)} intervals by linearisation over {unit}s; of differences, curves and calibration from "
+        f"{config.evaluate.bootstrap} bootstrap samples of whole {unit}s; paired permutation test",
         "prediction": f"frame probabilities joined to videos and {unit}s by {config.evaluate.aggregation}; "
-        "every video by networks that had not trained on it",
+        + ("every frame by networks that had trained on other frames of its video" if splits.by_frame else
+           "every video by networks that had not trained on it"),
+        "calibration": _CALIBRATION[config.evaluate.calibration if _apart(context) else "impossible"].format(unit=unit),
+        "thresholds": f"thresholds fitted on inner validation {unit}s" if _apart(context) else f"no thresholds, for want of inner validation {unit}s",
+        "other": f"Same source, other {unit}s" if not splits.stamp else f"Same source, {splits.stamp}",
         "imbalance": "loss weighted by class frequency" if tuned.class_weights == "balanced" else "none: the loss is not weighted",
         "limits": f"one source, no external validation, {plural(metrics['patients'], unit)}" + (f", {metrics['stamp']}" if metrics["stamp"] else ""),
         "question": "Answered by a paired comparison" if "difference" in metrics else "Not compared in this run",
@@ -84,6 +95,15 @@ def run_facts(context: Context) -> dict[str, str]:
         "files set aside are counted there",
         "failures": f"{wrong:.3g} of {metrics['videos']} videos judged wrongly by the {first} network, the most certain shown with frames",
     }
+
+
+def _apart(context: Context) -> bool:
+    """Whether models have inner validation patients apart from those tested."""
+    return {item.card.selection for item in context.items} <= {"inner", "nested"} and not context.splits.stamp
+
+
+def _division(context: Context) -> str:
+    return f"cross-validation, {context.splits.words}" if len(context.splits.folds) > 1 else "one fixed division into training and test"
 
 
 def _sides(context: Context) -> str:
