@@ -58,7 +58,8 @@ def test_files__tell_of_this_run(written):
 
 
 def test_files__a_split_by_frame_is_not_called_anything_better(tmp_path):
-    fake = FakeExperiment(tmp_path, group="frame", frames=12, params={"data": {"group": "frame"}, "evaluate": {"bootstrap": 100, "explanations": 0}})
+    params = {"data": {"group": "frame"}, "evaluate": {"bootstrap": 100, "explanations": 0}}
+    fake = FakeExperiment(tmp_path, group="frame", frames=12, params=params)
     evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "out")
     for name in ("checklist.md", "model_card.md"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")

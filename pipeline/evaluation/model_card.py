@@ -74,13 +74,14 @@ def run_facts(context: Context) -> dict[str, str]:
         f"({tuned.optimizer.name}), seeds {', '.join(map(str, tuned.seeds))}",
         "subgroups": ", ".join(config.evaluate.subgroups) or "none asked for (evaluate.subgroups)",
         "measures": ", ".join(METRIC_NAMES.values()) + ", precision-recall, calibration, decision curve",
-        "uncertainty": f"{percent(config.evaluate.confidence)} intervals by linearisation over {unit}s; of differences, curves and calibration from "
-        f"{config.evaluate.bootstrap} bootstrap samples of whole {unit}s; paired permutation test",
+        "uncertainty": f"{percent(config.evaluate.confidence)} intervals by linearisation over {unit}s; of differences, curves and calibration "
+        f"from {config.evaluate.bootstrap} bootstrap samples of whole {unit}s; paired permutation test",
         "prediction": f"frame probabilities joined to videos and {unit}s by {config.evaluate.aggregation}; "
         + ("every frame by networks that had trained on other frames of its video" if splits.by_frame else
            "every video by networks that had not trained on it"),
         "calibration": _CALIBRATION[config.evaluate.calibration if _apart(context) else "impossible"].format(unit=unit),
-        "thresholds": f"thresholds fitted on inner validation {unit}s" if _apart(context) else f"no thresholds, for want of inner validation {unit}s",
+        "thresholds": f"thresholds fitted on inner validation {unit}s" if _apart(context) else
+        f"no thresholds, for want of inner validation {unit}s",
         "other": f"Same source, other {unit}s" if not splits.stamp else f"Same source, {splits.stamp}",
         "imbalance": "loss weighted by class frequency" if tuned.class_weights == "balanced" else "none: the loss is not weighted",
         "limits": f"one source, no external validation, {plural(metrics['patients'], unit)}" + (f", {metrics['stamp']}" if metrics["stamp"] else ""),
