@@ -15,7 +15,7 @@ from sklearn.metrics import auc, average_precision_score, roc_auc_score
 from pipeline.evaluation.curves import GRID, class_curve
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import Scores, auroc, average_precision
-from pipeline.evaluation.statistics import bootstrap_intervals
+from pipeline.evaluation.statistics import bootstrap_intervals, patient_intervals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,10 +58,10 @@ def test_curve__areas_are_those_of_the_metrics():
     assert auc(curve.points[:, 0], curve.points[:, 1]) == pytest.approx(curve.auroc)
 
 
-def test_curve__interval_is_that_of_the_bootstrap():
+def test_curve__area_and_draws_are_those_of_the_bootstrap():
     data = noisy()
     curve, other = class_curve(data, 1, replicates=300, seed=3), bootstrap_intervals(data, ["auroc.own"], replicates=300, seed=3)["auroc.own"]
-    assert curve.auroc_interval == pytest.approx((other.low, other.high)) and curve.replicates == other.replicates
+    assert curve.auroc == pytest.approx(other.value) and curve.replicates == other.replicates
 
 
 def test_curve__bands_are_percentiles_over_resampled_patients():
@@ -85,7 +85,7 @@ def test_curve__what_cannot_be_had_is_said():
     assert one.roc_band is None and "nothing to resample" in one.reason
     # One patient of 40 shows the class: a third of the draws lack it; with two classes of one patient each, most do.
     rare = class_curve(scores([1, 0], [0.9, 0.2]), 1, replicates=400)
-    assert rare.replicates < 400 and (rare.auroc_interval is None) == bool(rare.reason)
+    assert rare.replicates < 400 and (rare.ap_interval is None) == bool(rare.reason)
 
 
 def test_part__tables_numbers_and_pictures(tmp_path):
@@ -99,6 +99,11 @@ def test_part__tables_numbers_and_pictures(tmp_path):
         assert inside.mean() > 0.8
     values = metrics["curves"]["pretrained"]["a"]
     assert values["auroc"] == metrics["pretrained"]["video"]["per_class"]["a"]["auroc"]
+    # Two intervals of one number in one report would be one too many.
+    videos = pd.read_csv(tmp_path / "out/predictions_video.csv").query("init == 'pretrained'")
+    runs = [Scores.from_table(part, fake.classes) for _, part in videos.groupby("seed")]
+    same = patient_intervals(runs, ["auroc.a"])["auroc.a"]
+    assert (values["auroc_low"], values["auroc_high"]) == (pytest.approx(same.low), pytest.approx(same.high))
     assert values["average_precision_low"] < values["average_precision"] < values["average_precision_high"]
     assert values["prevalence"] == pytest.approx(1 / 3) and values["reason"] == ""
     assert {path.name for path in (tmp_path / "out/pictures").glob("curves_*")} == {"curves_1_a.png", "curves_2_b-b.png", "curves_3_c.png"}

@@ -13,6 +13,7 @@ from pipeline.evaluation.curves import GRID, Curve, class_curve
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.report import Picture, Section, Table, number, percent
+from pipeline.evaluation.statistics import Interval, patient_intervals
 from pipeline.files import atomic_write
 from pipeline.tracking_context import slug
 
@@ -38,7 +39,12 @@ def curves_part(context: Context) -> Part:
         curves = {name: class_curve(scores, position, **options) for position, name in enumerate(classes)}
         found[init] = {name: curve for name, curve in curves.items() if curve is not None}
     _write(context, found)
-    numbers = {init: {name: _numbers(context.metrics[init]["video"]["per_class"][name], found[init].get(name)) for name in classes} for init in found}
+    numbers = {}
+    for init, curves in found.items():
+        runs = [Scores.from_table(part, classes) for _, part in videos[videos["init"] == init].groupby(["seed", "repeat"])]
+        areas = patient_intervals(runs, [f"auroc.{name}" for name in curves], confidence=settings.confidence)
+        values = context.metrics[init]["video"]["per_class"]
+        numbers[init] = {name: _numbers(values[name], curves.get(name), areas.get(f"auroc.{name}")) for name in classes}
     return Part("curves", numbers, _section(context, found, numbers))
 
 
@@ -59,9 +65,10 @@ def _write(context: Context, found: Mapping[str, Mapping[str, Curve]]) -> None:
         atomic_write(context.output / file, table.to_csv(index=False, lineterminator="\n"))
 
 
-def _numbers(measured: Mapping[str, Any], curve: Curve | None) -> dict[str, Any]:
-    """Areas as in the metrics (means over seeds), with the intervals of the pooled curve."""
-    ends = {"auroc": curve.auroc_interval, "average_precision": curve.ap_interval} if curve else {}
+def _numbers(measured: Mapping[str, Any], curve: Curve | None, area: Interval | None) -> dict[str, Any]:
+    """Areas as in the metrics (means over seeds): AUROC with its interval as in all tables, average precision with that of the pooled curve."""
+    own = (area.low, area.high) if area and area.low is not None and area.high is not None else None
+    ends = {"auroc": own, "average_precision": curve.ap_interval if curve else None}
     values = {"auroc": measured["auroc"], "average_precision": measured["auprc"]}
     result: dict[str, Any] = {}
     for key, value in values.items():
@@ -101,7 +108,8 @@ def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers
     columns = ["Class", "Network", "Videos", f"{unit.capitalize()}s", "Prevalence", "AUROC", "Average precision"]
     reasons = sorted({one["reason"] for init in inits for one in numbers[init].values() if one["reason"]})
     note = (
-        f"Brackets: {percent(confidence)} intervals over {unit}s. Several seeds: the value is their mean, curve and interval pool them."
+        f"Brackets: {percent(confidence)} intervals over {unit}s, for AUROC as in all tables, for average precision percentiles of the bootstrap that "
+        "gives the bands; these are too narrow with few of them. Several seeds: the value is their mean, curves and bands pool them."
         + (f" No interval: {'; '.join(reasons)}." if reasons else "")
     )
     band = (

@@ -39,7 +39,6 @@ class Curve:
     roc_band: np.ndarray | None = None
     """float64 [2, 101]: low and high end at `GRID`."""
     pr_band: np.ndarray | None = None
-    auroc_interval: tuple[float, float] | None = None
     ap_interval: tuple[float, float] | None = None
     replicates: int = 0
     """Replicates that held the class and others."""
@@ -52,7 +51,7 @@ def class_curve(scores: Scores, position: int, *, replicates: int = 2000, confid
     Equal scores form one step: a diagonal of the ROC curve, one point of the other. Sensitivity at a false positive rate is the
     highest reached there, linear between steps; precision at a recall is that of the first step reaching it, so that the mean over
     recall is the average precision. Patients are drawn with replacement, all their units together; the draws are those of
-    `bootstrap_intervals` with the same seed. Below half of the replicates with both sides there is no band.
+    `draw_patients` with the same seed. The area under the ROC curve has its interval from `patient_intervals`, which keeps its level. Below half of the replicates with both sides there is no band.
     """
     positive = scores.labels == position
     if not 0 < positive.sum() < len(positive):
@@ -88,10 +87,10 @@ def class_curve(scores: Scores, position: int, *, replicates: int = 2000, confid
     if len(drawn) < max(2, replicates // 2):
         return Curve(**plain, replicates=len(drawn), reason=f"the class and others were drawn in only {len(drawn)} of {replicates} replicates")
     ends = [(1 - confidence) / 2, (1 + confidence) / 2]
-    areas = np.quantile([(one[2], one[3]) for one in drawn], ends, axis=0)
+    low, high = np.quantile([one[3] for one in drawn], ends)
     return Curve(
         **plain, roc_band=np.quantile([one[0] for one in drawn], ends, axis=0), pr_band=np.quantile([one[1] for one in drawn], ends, axis=0),
-        auroc_interval=(float(areas[0, 0]), float(areas[1, 0])), ap_interval=(float(areas[0, 1]), float(areas[1, 1])), replicates=len(drawn),
+        ap_interval=(float(low), float(high)), replicates=len(drawn),
     )
 
 
