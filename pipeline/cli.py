@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pipeline.errors import PipelineError
 
@@ -79,7 +80,7 @@ def _preset(arguments: argparse.Namespace) -> int:
 
     if arguments.name is None:
         if arguments.write:
-            raise PipelineError("preset --write: name the preset; 'sonoscope preset' lists them")
+            raise PipelineError("preset --write: name the preset, such as 'sonoscope preset --write ucl_official_gb'; 'sonoscope preset' lists them")
         names = preset_names()
         width = max((len(name) for name in names), default=0)
         for name in names:
@@ -193,6 +194,9 @@ def _protocols(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from pipeline.export.facts import check_form, find_weights
+
+    check_form(find_weights(arguments.weights), arguments.to)  # torch takes many seconds to start
     from pipeline.export.formats import export
 
     print("\n".join(export(arguments.weights, arguments.to, arguments.out, image_size=arguments.image_size, opset=arguments.opset)))
@@ -300,6 +304,7 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     """The sub-commands `embed` and `similar`."""
     embed = commands.add_parser(
         "embed",
+        example="sonoscope embed /path/to/videos --encoder models/encoders/fold0",
         help="feature vectors of frames, videos and patients, as CSV tables and NPY arrays",
         description="Reads what the pipeline reads, with the preprocessing of the encoder's card. The folder holds pictures and file "
         "names: share it as you would share the videos.",
@@ -313,7 +318,10 @@ def _add_features(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     embed.add_argument("--params", default="params.yaml", help="its section data, if the file is there, is used to read labels")
     embed.set_defaults(run=_embed)
 
-    similar = commands.add_parser("similar", help="nearest neighbours of a video or frame among embedded ones, with a picture")
+    similar = commands.add_parser(
+        "similar", help="nearest neighbours of a video or frame among embedded ones, with a picture",
+        example="sonoscope similar ward3/scan01.mp4 --other-patients (after 'sonoscope embed FOLDER --encoder models/encoders/fold0')",
+    )
     similar.add_argument("query", metavar="QUERY", help="video id, path in files.csv, or a video file; QUERY:FRAME for one frame")
     similar.add_argument("--in", dest="folder", default="embeddings", help="folder that embed has written (default: embeddings)")
     similar.add_argument("--top", type=_count, default=5, help="neighbours (default: 5)")
@@ -327,6 +335,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """The sub-command `inspect`."""
     inspect = commands.add_parser(
         "inspect",
+        example="sonoscope inspect /path/to/videos",
         help="what is in a folder of videos, and everything that is wrong with it",
         description="Looks at every frame of every file and at the labels table, before anything is computed. Writes index.html, files.csv "
         "and summary.json. Finding something is no failure: the exit code stays 0.",
@@ -345,6 +354,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """The sub-command `compare`."""
     compare = commands.add_parser(
         "compare",
+        example="sonoscope compare EXP_A EXP_B (names of 'dvc exp show')",
         help="compare experiments on the same folds, with intervals and corrected p values",
         description="Names of 'dvc exp show', git revisions, project folders, or runs in MLflow (name or id). A-s0+A-s1 joins experiments that "
         "differ only in their seeds into one row, NAME=A-s0+A-s1 names it. The first is what the others are compared with.",
@@ -366,6 +376,7 @@ def _add_protocols(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     """The sub-command `protocols`."""
     protocols = commands.add_parser(
         "protocols",
+        example="sonoscope protocols -S data.source=/path/to/clips",
         help="the same data and model under published and honest protocols: runs them, and prints one table",
         description="Runs an experiment for each protocol (which unit is kept apart, and on what the epoch is chosen) in a copy of the project, "
         "then prints their numbers side by side. params.yaml stays as it is.",
@@ -381,8 +392,21 @@ def _add_protocols(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     protocols.set_defaults(run=_protocols)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, and an example instead of the whole usage."""
+
+    def __init__(self, *arguments: Any, example: str = "", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._example = example
+
+    def error(self, message: str) -> NoReturn:
+        """Print and end with EXIT_MISTAKE."""
+        message = message.replace("the following arguments are required:", "missing:")
+        self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\nexample: {self._example or f'{self.prog} --help'}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sonoscope",
         description="Helpers around the pipeline; the pipeline itself runs with 'dvc repro' and 'dvc exp run'.",
         epilog="Exit codes: 0 done, 1 bug, or problem found by doctor or data check, 2 explained mistake, 130 interrupted.",
@@ -398,6 +422,7 @@ def _parser() -> argparse.ArgumentParser:
 
     preset = commands.add_parser(
         "preset",
+        example="dvc exp run $(sonoscope preset ucl_official_gb)",
         help="list the presets, or print one as words for 'dvc exp run'",
         description="Without NAME: the list. With NAME: the words for 'dvc exp run $(sonoscope preset NAME)'.",
     )
@@ -413,6 +438,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser(
         "export",
+        example="sonoscope export models/encoders/fold0 --to torchvision",
         help="write an encoder or classifier for torchvision, timm, safetensors or ONNX, with a model card",
         description="WEIGHTS: a folder such as models/encoders/fold0 or models/finetuned/pretrained-seed0-fold0, or the weights file in it.",
     )

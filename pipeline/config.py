@@ -9,6 +9,7 @@ import difflib
 import itertools
 import json
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.grid import grid_lines, replaced
 from pipeline.parameters import (
     DataParams, EvaluateParams, ExtractParams, FinetuneParams, LaunchParams, PretrainParams, Section, SplitParams, TrackingParams,
 )
-from pipeline.registry import METHODS
+from pipeline.registry import METHODS, did_you_mean
 
 __all__ = ["Config", "fingerprint", "load_config", "pretraining_name", "tracking_uri_from_environment"]
 
@@ -90,6 +91,7 @@ def _problems(model: type[Section], values: Any, prefix: tuple[str, ...] = ()) -
         return model.model_validate(values), []
     except ValidationError as error:
         lines: dict[str, str] = {}
+        hints: dict[str, str] = {}
         for problem in error.errors():
             # Union branches append tags such as `int` or `literal['auto']` behind the key itself.
             location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and _is_branch(part)))
@@ -104,7 +106,10 @@ def _problems(model: type[Section], values: Any, prefix: tuple[str, ...] = ()) -
                 found = "" if problem["type"] in ("missing", "value_error") else f"got {_shown(problem['input'])}; "
                 text = f"{found}{_allowed(problem)}"
                 lines[key] = f"{lines[key]}, or {_allowed(problem)}" if key in lines else f"{key}: {text}"
-        return None, list(lines.values())
+                if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+                    near = did_you_mean(problem["input"].lower()[:100], re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+                    hints[key] = f".{near}" if near else ""
+        return None, [line + hints.get(key, "") for key, line in lines.items()]
 
 
 def _is_branch(part: str) -> bool:

@@ -29,13 +29,33 @@ def _source_problem(key: str, path: str) -> str | None:
     return f"{key}: {path} {what}. Give a folder of videos, stills or frame folders, or {PHANTOM} for the phantom clips.{hint}"
 
 
+def _has_no_labels(path: str) -> bool:
+    """Whether a source cannot have labels, by a look at the names in its folder: no table, and not two folders that could be classes."""
+    folder = Path(path)
+    try:
+        seen = [item for item in folder.iterdir() if not item.name.startswith(".")]
+        return not any(item.suffix.lower() == ".csv" for item in seen) and sum(item.is_dir() for item in seen) < 2
+    except OSError:
+        return False  # missing folders and locked ones are told elsewhere
+
+
 def method_problems(config: Config) -> list[str]:
     """What the chosen method says against this run, as far as params.yaml tells (the videos are looked at by the stage)."""
     pretrain = config.pretrain
     tables = {"main": "none" if pretrain.scope == "all" or config.data.group == "frame" else config.data.labels}
     tables |= {name: source.labels for name, source in config.data.extra_sources.items()}
-    labels: dict[str, int] | None = {} if all(tables.get(source) == "none" for source in pretrain.sources) else None
-    return METHODS.get(pretrain.method).problems(config.method_params, Setting.of(config, labels))
+    paths = {"main": config.data.source} | {name: source.path for name, source in config.data.extra_sources.items()}
+    # Phantoms are not written yet or have a table; labels of frames lie in files of their own.
+    open_ends = {name for name, path in paths.items() if path == PHANTOM} | ({"main"} if config.data.frame_labels else set())
+    method = METHODS.get(pretrain.method)
+    searched = [name for name in pretrain.sources if tables.get(name) == "auto" and name not in open_ends]
+    bare = [name for name in searched if method.label_share(config.method_params) > 0 and _has_no_labels(paths[name])]
+    known = all(tables.get(name) == "none" or name in bare for name in pretrain.sources)
+    labels: dict[str, int] | None = {} if known else None
+    lines = method.problems(config.method_params, Setting.of(config, labels))
+    if bare and lines != method.problems(config.method_params, Setting.of(config, None)):
+        lines += [f"data.labels: auto, but {paths[name]} has neither a CSV table nor class folders (<class>/<file>)" for name in bare]
+    return lines
 
 
 def _backbone_problems(config: Config) -> list[str]:

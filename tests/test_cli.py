@@ -90,6 +90,24 @@ def test_unknown_command__exits_2() -> None:
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "line", "example"),
+    [
+        (["similar"], "sonoscope similar: missing: QUERY", "sonoscope similar ward3/"),
+        (["compare"], "sonoscope compare: missing: EXPERIMENT", "sonoscope compare EXP_A EXP_B"),
+        (["embed", "x"], "sonoscope embed: missing: --encoder", "--encoder models/encoders/fold0"),
+        (["protocols", "-S"], "sonoscope protocols: argument -S/--set: expected one argument", "sonoscope protocols -S data.source="),
+        (["preset", "a", "b"], "unrecognized arguments: b", "sonoscope --help"),
+        (["data", "show"], "sonoscope data show: missing: NAME", "sonoscope data show --help"),
+    ],
+)
+def test_arguments__one_line_and_an_example(words: list[str], line: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    first, second = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and line in first and second.startswith("example: ") and example in second
+
+
 def test_preset__list_and_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preset"]) == 0
     listed = capsys.readouterr().out

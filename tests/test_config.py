@@ -104,6 +104,9 @@ def test_load_config__the_shipped_file_says_everything() -> None:
             ["finetune.label_fraction: got 1.5; input should be less than or equal to 1"],
         ),
         ("extract: {color: grau}", ["extract.color: got 'grau'; allowed: 'gray' or 'rgb'"]),
+        ("extract: {color: GREY}", ["extract.color: got 'GREY'; allowed: 'gray' or 'rgb'. Did you mean 'gray'?"]),
+        ("finetune: {selection: iner}", ["finetune.selection: got 'iner'; allowed: ", "Did you mean 'inner'?"]),
+        ("launch: {processes: atuo}", ["or allowed: 'auto'. Did you mean 'auto'?"]),
         (
             "launch: {processes: several}",
             ["launch.processes: got 'several'; input should be a valid integer", "or allowed: 'auto'"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,13 @@ def test_backbones__every_one_is_a_network_of_its_library(tmp_path: Path, name: 
     with torch.device("meta"):
         theirs, ours = build_network(table).state_dict(), build_trunk(info, size).state_dict()
     assert {key: value.shape for key, value in theirs.items()} == {key: value.shape for key, value in ours.items()}
+
+
+def test_command__refuses_before_torch_is_loaded(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "in", "resnet10")
+    code = "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code, "export", str(folder), "--to", "timm"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (2, "False") and "timm knows no resnet10" in done.stderr
 
 
 def test_state__plain_tensors_and_own_names(tmp_path: Path) -> None:

@@ -65,6 +65,23 @@ def test_preflight__what_a_split_by_frame_cannot_go_with(tmp_path: Path) -> None
     check_named_files(config(data={"group": "frame"}, finetune={"selection": "best_on_test"}))
 
 
+def test_preflight__methods_that_read_labels_and_a_folder_that_has_none(tmp_path: Path) -> None:
+    """By names alone, and never where the reader of labels could find some."""
+    (tmp_path / "ward").mkdir()
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    bare = {"data": {"source": str(tmp_path)}, "pretrain": {"method": "uscl"}}
+    with pytest.raises(ConfigError, match=r"may see labels of 0") as error:
+        check_named_files(config(**bare))
+    assert f"data.labels: auto, but {tmp_path} has neither a CSV table nor class folders" in str(error.value)
+    check_named_files(config(data=bare["data"]))
+    check_named_files(config(data={**bare["data"], "frame_labels": "{stem}.txt"}, pretrain={"method": "uscl"}))
+    (tmp_path / "labels.csv").write_text("path,label")
+    check_named_files(config(**bare))
+    (tmp_path / "labels.csv").unlink()
+    (tmp_path / "lab").mkdir()
+    check_named_files(config(**bare))
+
+
 def test_preflight__small_crops_of_dino_fit_every_patch() -> None:
     for backbone, size, side in (("dinov2_small", 224, 98), ("dinov2_small", 56, 42), ("vit_small_8", 224, 96), ("resnet18", 224, 96)):
         checked = config(pretrain={"method": "dino", "backbone": backbone, "image_size": size})

@@ -18,7 +18,7 @@ from pipeline.files import hash_file, read_json
 from pipeline.models.catalog import describe
 from pipeline.parameters import AugmentationParams
 
-__all__ = ["LIBRARY_HEADS", "Weights", "about", "find_weights", "headline", "input_facts"]
+__all__ = ["LIBRARY_HEADS", "Weights", "about", "check_form", "find_weights", "headline", "input_facts"]
 
 FILES = {"encoder.safetensors": "encoder", "model.safetensors": "classifier"}
 LIBRARY_HEADS = ("linear", "mlp")
@@ -116,6 +116,26 @@ def _network(card: Mapping[str, Any]) -> dict[str, Any]:
         "timm_name": TIMM_NAMES.get(info.name), "blocks": list(info.blocks), "feature_dim": info.feature_dim,
         "patch_size": info.patch_size, "image_size": card["image_size"],
     }
+
+
+def check_form(weights: Weights, form: str) -> None:
+    """Refuse a form (torchvision, timm, safetensors, onnx) that no network with these weights has.
+
+    Raises:
+        CheckpointError: says which form to use.
+    """
+    if weights.card.get("pooling") == "attention":
+        raise CheckpointError(
+            "export: this classifier was fine-tuned with finetune.pooling: attention, which judges the frames of a video together; an exported "
+            "network judges single pictures. Fine-tune with pooling: mean, or export the encoder alone (models/encoders/fold<K>)."
+        )
+    network = _network(weights.card)
+    if form == "torchvision" and network["library"] == "timm":
+        raise CheckpointError(
+            f"export: {network['backbone']} has timm's names; torchvision's vision transformers are built otherwise. Use --to timm."
+        )
+    if form == "timm" and not network["timm_name"]:
+        raise CheckpointError(f"export: timm knows no {network['backbone']} of this shape. Use --to torchvision, safetensors or onnx.")
 
 
 def _counts(weights: Weights) -> dict[str, int]:

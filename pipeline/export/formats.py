@@ -22,7 +22,7 @@ from pipeline.checkpoint import read_state_dict, save_tensors
 from pipeline.data.transforms import normalize
 from pipeline.errors import CheckpointError, ConfigError, PipelineError
 from pipeline.export.card import render_card
-from pipeline.export.facts import LIBRARY_HEADS, Weights, about, find_weights
+from pipeline.export.facts import LIBRARY_HEADS, Weights, about, check_form, find_weights
 from pipeline.files import atomic_write, read_json, write_json
 from pipeline.models.backbones import build_backbone
 from pipeline.models.classifier import Classifier
@@ -88,16 +88,6 @@ def plain_state(weights: Weights, table: Mapping[str, Any]) -> dict[str, torch.T
         name.removeprefix("backbone.") if name.startswith("backbone.") else f"{top}.{name.removeprefix('head.')}": value
         for name, value in state.items()
     }
-
-
-def _refuse_wrong_library(table: Mapping[str, Any], form: str) -> None:
-    network = table["network"]
-    if form == "torchvision" and network["library"] == "timm":
-        raise CheckpointError(
-            f"export: {network['backbone']} has timm's names; torchvision's vision transformers are built otherwise. Use --to timm."
-        )
-    if form == "timm" and not network["timm_name"]:
-        raise CheckpointError(f"export: timm knows no {network['backbone']} of this shape. Use --to torchvision, safetensors or onnx.")
 
 
 def library_network(table: Mapping[str, Any], library: str, state: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -202,15 +192,10 @@ def export(target: Path, form: str, out: Path | None = None, *, image_size: int 
             network gives other numbers than ours.
     """
     weights = find_weights(target)
-    if weights.card.get("pooling") == "attention":
-        raise CheckpointError(
-            "export: this classifier was fine-tuned with finetune.pooling: attention, which judges the frames of a video together; an exported "
-            "network judges single pictures. Fine-tune with pooling: mean, or export the encoder alone (models/encoders/fold<K>)."
-        )
-    table = about(weights)
     if form not in FORMS:
         raise PipelineError(f"export: --to {form}: allowed are {', '.join(FORMS)}")
-    _refuse_wrong_library(table, form)
+    check_form(weights, form)
+    table = about(weights)
     size = image_size or table["preprocessing"]["size"]
     rules = table["preprocessing"]
     rules["working_size"] = round(rules["working_size"] * _fitting_size(table, size) / rules["size"])
