@@ -280,3 +280,14 @@ def test_real_tables__auto(shared: Path) -> None:
     assert len({said.patient for said in found.labels.values()}) == 45
     convex = labelled(shared / "data" / "pocus", include={"probe": ["convex"]}, media="video")
     assert len(convex.media) == 91
+
+
+def test_notes__say_where_labels_of_frames_come_from(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(bytes(100))
+    framed = DataParams(source=str(tmp_path), frame_labels="marks/{stem}.txt")
+    said = "labels come from the annotation file of each video (data.frame_labels: marks/{stem}.txt)"
+    assert read_labelled_media("main", framed).notes == [said]
+    assert "everything is unlabelled" in read_labelled_media("main", DataParams(source=str(tmp_path))).notes[0]
+    (tmp_path / "people.csv").write_text("path,patient\na.mp4,7\n")
+    first, second = read_labelled_media("main", framed).notes
+    assert first.endswith("it gives the patients") and second == said

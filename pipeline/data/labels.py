@@ -98,7 +98,7 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
     main = source == "main"
     root = Path(params.source if main else params.extra_sources[source].path)
     setting = params.labels if main else params.extra_sources[source].labels
-    include = params.include if main else {}
+    include, framed = (params.include, bool(params.frame_labels)) if main else ({}, False)
     if not root.is_dir():
         key = "data.source" if main else f"data.extra_sources.{source}.path"
         raise DataError(f"{key}: folder '{root}' does not exist. Name the folder that holds the videos.")
@@ -113,7 +113,7 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
     else:
         if include:
             raise ConfigError(f"data.include: needs a labels table; none was found in {root} (data.labels: {setting})")
-        if setting == "auto":
+        if setting == "auto" and not framed:
             _label_by_folder(found)
     if main and params.media != "all":
         found.media = [item for item in found.media if (item.kind == "image") == (params.media == "image")]
@@ -121,7 +121,9 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
         told = "".join(f"\n  {note}" for note in found.notes)
         raise DataError(f"{root}: no video or image to read is left (data.media: {params.media}){told}")
     unlabelled = sum(not found.labels.get(item.path, Label()).label for item in found.media)
-    if unlabelled:
+    if framed:
+        found.notes.append(f"labels come from the annotation file of each video (data.frame_labels: {params.frame_labels})")
+    elif unlabelled:
         found.notes.append(f"{unlabelled} of {len(found.media)} files have no label and serve pretraining only")
     found.labels = {item.path: found.labels.get(item.path, Label()) for item in found.media}
     return found
@@ -274,7 +276,8 @@ def _choose_columns(
     says = "; ".join(f"no {role} column (recognised: {', '.join(COLUMN_NAMES[role])})" for role in missing)
     text = f"{name}: {says}. Found: {', '.join(columns) or 'nothing'}"
     if "path" in chosen and "patient" in chosen and not required and not slips:
-        tables.notes.append(f"{text}; its files stay unlabelled")
+        framed = strict and params.frame_labels
+        tables.notes.append(f"{text}; " + ("it gives the patients" if framed else "its files stay unlabelled"))
         return chosen
     if required or ("path" in chosen and slips):
         hint = f"; {' and '.join(slips)}" if slips else ""
