@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fake_experiment import FakeExperiment
 
@@ -25,7 +26,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.store import FrameStore
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.evaluation.metrics import Scores
+from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.subgroups import compare_with_rest, subgroups_part
 from pipeline.parameters import DataParams
 
@@ -78,6 +79,17 @@ def test_worse_sub_group__is_found_and_said_loudly(tmp_path):
     assert "Clearly worse for probe linear (16 patients): balanced accuracy" in page
     assert metrics["headline_parts"]["subgroups.clearly_worse"] == 1
     assert {(row["column"], row["level"]) for row in table} == {("probe", "convex"), ("probe", "linear"), *(("reader", f"r{i}") for i in range(4))}
+
+
+def test_levels__seeds_are_averaged_as_in_the_main_table(tmp_path):
+    fake = experiment(tmp_path, "probe", patients=48, seeds=[0, 1])
+    metrics, _, _ = judged(fake, {"probe": {video: "linear" if int(video[:8], 16) < 24 else "convex" for video in fake.labels}})
+    found = metrics["subgroups"]["probe"]["levels"]["linear"]
+    table = pd.read_csv(tmp_path / "reports/evaluate/predictions_video.csv", dtype={"video": str}).query("init == 'pretrained'")
+    own = table[[int(video[:8], 16) < 24 for video in table["video"]]]
+    each = [classification_metrics(Scores.from_table(part, fake.classes))["macro_auroc"] for _, part in own.groupby("seed")]
+    assert found["macro_auroc"] == pytest.approx(np.mean(each)) and found["videos"] == 48
+    assert found["macro_auroc"] != pytest.approx(classification_metrics(Scores.from_table(own, fake.classes))["macro_auroc"], abs=1e-9)
 
 
 def test_null__the_test_keeps_its_level_with_unequal_classes():

@@ -36,6 +36,7 @@ from pipeline.evaluation.statistics import (
     holm,
     patient_intervals,
 )
+from pipeline.evaluation.summary import average
 from pipeline.files import atomic_write
 from pipeline.registry import did_you_mean
 
@@ -143,7 +144,10 @@ def _one_level(context: Context, table: pd.DataFrame, inside: np.ndarray, how: M
     if classes < 2:
         return {**result, "reason": f"all videos have the class {own['label'].iloc[0]}"}
     scores = Scores.from_table(own, context.splits.classes)
-    values, intervals = classification_metrics(scores), patient_intervals(scores, METRICS, confidence=how["confidence"])
+    # Seeds and repeats one by one and averaged, as everywhere: ranking their videos together would be another AUROC.
+    runs = [Scores.from_table(part, context.splits.classes) for _, part in own.groupby(["seed", "repeat"])]
+    values = average([classification_metrics(one) for one in runs])
+    intervals = patient_intervals(runs, METRICS, confidence=how["confidence"])
     for name in METRICS:
         result |= {name: values[name], f"{name}_low": intervals[name].low, f"{name}_high": intervals[name].high}
     others = table[~inside]
