@@ -169,13 +169,15 @@ def show_protocols(names: Sequence[str], *, initialisation: str = "pretrained", 
 def _markdown(rows: Sequence[Experiment], level: str) -> str:
     honest = next((row for row in rows if _protocol_of(row) == PROTOCOLS[0]), None)
     metric = METRICS[0]
+    titles = [_protocol_of(row).title for row in rows]
     columns = ["protocol", *(NAMES[name] for name in METRICS), f"{NAMES[metric]} minus honest", "p", "stamp"]
     lines, untested, notes = [], [], []
     for row in rows:
         measured = Measured(row.name, row.table, row.classes).intervals(CONFIDENCE)
         gap, p, why = ("", "", "") if row is honest else ("–", "–", "") if honest is None else _gap(row, honest, metric)
         cells = [_cell(one.value, one.low, one.high) for one in (measured[name] for name in METRICS)]
-        lines.append([_protocol_of(row).title, *cells, gap, p, row.stamp or "none"])
+        title = _protocol_of(row).title
+        lines.append([f"{title}: {row.name}" if titles.count(title) > 1 else title, *cells, gap, p, row.stamp or "none"])
         if why == "folds":
             untested.append(row.name)
         elif why:

@@ -75,8 +75,10 @@ def test_table__says_when_more_than_the_protocol_differs_or_nothing_is_honest(tm
     path = Path(other) / "params.yaml"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrain": {"method": "random", "init": "random", "image_size": 64}}))
     assert "longer differs from patient-inner in more than the protocol: pretrain.image_size." in show_protocols([honest, other])
+    second = show_protocols([honest, finished(tmp_path / "again", "patient", "inner", "")])
+    assert "(honest): patient-inner |" in second and "(honest): again |" in second
     alone = show_protocols([other])
-    assert "No row is honest" in alone and "| – | – | optimistic" in alone
+    assert "| patients apart, best epoch on test |" in alone and "No row is honest" in alone and "| – | – | optimistic" in alone
     classes = finished(tmp_path / "three", "patient", "best_on_test", OPTIMISTIC, classes=["a", "b", "c"])
     assert "three tells apart other classes (a, b, c), so nothing is subtracted" in show_protocols([honest, classes])
 
