@@ -61,6 +61,7 @@ def test_files__a_split_by_frame_is_not_called_anything_better(tmp_path):
     params = {"data": {"group": "frame"}, "evaluate": {"bootstrap": 100, "explanations": 0}}
     fake = FakeExperiment(tmp_path, group="frame", frames=12, params=params)
     evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "out")
+    assert "Each fold tests other frames of the same videos" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     for name in ("checklist.md", "model_card.md"):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert "had trained on other frames of its video" in text and "had not trained on it" not in text

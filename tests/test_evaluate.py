@@ -142,6 +142,8 @@ def test_numbers__a_fixed_division_counts_those_it_tests(tmp_path):
     metrics = evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "out")
     assert (metrics["patients"], metrics["videos"]) == (4, 8)
     assert "4 patients, 8 videos, 1 fold" in metrics["headline"]
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "A fixed division has one test part" in page and "Each fold tests other" not in page
     assert "one fixed division into training and test" in (tmp_path / "out/checklist.md").read_text(encoding="utf-8")
 
 

@@ -51,7 +51,8 @@ def class_curve(scores: Scores, position: int, *, replicates: int = 2000, confid
     Equal scores form one step: a diagonal of the ROC curve, one point of the other. Sensitivity at a false positive rate is the
     highest reached there, linear between steps; precision at a recall is that of the first step reaching it, so that the mean over
     recall is the average precision. Patients are drawn with replacement, all their units together; the draws are those of
-    `draw_patients` with the same seed. The area under the ROC curve has its interval from `patient_intervals`, which keeps its level. Below half of the replicates with both sides there is no band.
+    `draw_patients` with the same seed. The area under the ROC curve has its interval from `patient_intervals`, which
+    keeps its level. Below half of the replicates with both sides there is no band.
     """
     positive = scores.labels == position
     if not 0 < positive.sum() < len(positive):
