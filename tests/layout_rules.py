@@ -51,8 +51,8 @@ ORDER = """
     data.inspect
     data.inspect_report
     data.splits
-    data.split_report
     data.splitting
+    data.split_report
     data.photometry
     data.randaugment
     data.clips data.transforms
@@ -85,12 +85,12 @@ ORDER = """
     evaluation.shortcuts evaluation.subgroups evaluation.records
     evaluation.pages
     evaluation.evaluate
-    evaluation.compare
     evaluation.compare_sources evaluation.compare_numbers
     evaluation.compare_rules
-    methods.base
+    evaluation.compare
     evaluation.compare_tables
     evaluation.compare_pages
+    methods.base
     methods.*
     preflight
     training.optim training.inputs

@@ -34,8 +34,8 @@ __all__ = [
     "cautions",
     "headline_sentence",
     "interval_words",
-    "stamp_words",
     "page_environment",
+    "stamp_words",
     "verdict",
     "write_report",
 ]
