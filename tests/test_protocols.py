@@ -12,7 +12,7 @@ from fake_experiment import FakeExperiment
 
 from pipeline import protocols
 from pipeline.cli import main
-from pipeline.data.splits import FRAME_LEVEL, VIDEO_LEVEL
+from pipeline.data.splits import FRAME_LEVEL, OPTIMISTIC, VIDEO_LEVEL
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation import predictions
 from pipeline.evaluation.content import data_tables
@@ -20,8 +20,6 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.report import stamp_words
 from pipeline.protocols import PROTOCOLS, choose_protocols, commands, run_protocols, show_protocols
-
-OPTIMISTIC = "optimistic (selected on test)"
 
 
 def finished(folder: Path, group: str, selection: str, stamp: str, skill: float = 2.0, **more: Any) -> str:

@@ -17,11 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.errors import ConfigError, DataError, LeakageError
 from pipeline.files import read_json, write_json
 
-__all__ = ["FRAME_LEVEL", "SCHEMA", "VIDEO_LEVEL", "Fold", "InnerFold", "Splits"]
+__all__ = ["FRAME_LEVEL", "OPTIMISTIC", "SCHEMA", "VIDEO_LEVEL", "Fold", "InnerFold", "Splits"]
 
 SCHEMA = 1
 FRAME_LEVEL = "frame-level split (frames of one video on both sides)"
 VIDEO_LEVEL = "video-level split (patients on both sides)"
+OPTIMISTIC = "optimistic (selected on test)"
+"""Stamp of results whose epoch was chosen on the tested part, which a later stage finds out."""
 
 
 @dataclass(frozen=True)

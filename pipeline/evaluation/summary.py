@@ -14,15 +14,14 @@ from typing import Any
 import pandas as pd
 
 from pipeline.config import Config
-from pipeline.data.splits import Splits
+from pipeline.data.splits import OPTIMISTIC, Splits
 from pipeline.evaluation.metrics import Scores, aggregate, classification_metrics
 from pipeline.evaluation.predictions import Item, probability_columns
-from pipeline.evaluation.report import METRIC_NAMES, headline_sentence
+from pipeline.evaluation.report import METRIC_NAMES, headline_sentence, init_names
 from pipeline.evaluation.statistics import paired_bootstrap, patient_intervals, permutation_test
 
-__all__ = ["METRICS", "OPTIMISTIC", "TRANSDUCTIVE", "average", "summarise"]
+__all__ = ["METRICS", "TRANSDUCTIVE", "average", "summarise"]
 
-OPTIMISTIC = "optimistic (selected on test)"
 TRANSDUCTIVE = "transductive pretraining"
 LEVELS = ("frame", "video", "patient")
 METRICS = tuple(METRIC_NAMES)
@@ -59,6 +58,7 @@ def summarise(
     metrics: dict[str, Any] = {
         "schema": 1,
         "headline_init": first,
+        "init_names": init_names(config),
         "group": splits.group,
         "stamp": ", ".join(dict.fromkeys(sum(stamps.values(), []))),
         "patients": len(splits.groups_of(tested)),

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config, fingerprint, pretraining_name
 from pipeline.data.frames import FrameCache, VideoRef, gather_videos
-from pipeline.data.splits import Fold, Splits
+from pipeline.data.splits import OPTIMISTIC, Fold, Splits
 from pipeline.data.store import FrameStore
 from pipeline.data.transforms import working_size
 from pipeline.errors import CheckpointError, DataError, LeakageError
@@ -28,7 +28,6 @@ from pipeline.training.inputs import code_digest, frames_folder
 
 __all__ = ["run_finetune_stage"]
 
-OPTIMISTIC = "optimistic (selected on test)"
 NO_LABELS = (
     "pretrain stage with a method or setting that reads no labels, or use finetune.selection: inner, whose validation patients such a "
     "method is not told."
