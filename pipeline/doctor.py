@@ -15,8 +15,10 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,9 +26,12 @@ from pathlib import Path
 from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError
 from pipeline.files import project_root
-from pipeline.machine import Check, machine_checks
+from pipeline.machine import Check, machine_checks, no_answer
+from pipeline.tracking_journal import FOLDER, in_use
 
 __all__ = ["project_checks", "run_doctor", "without_names"]
+
+YOUNG_SECONDS = 300.0
 
 # Account and host names that say nothing about anybody, and are words of messages besides.
 _COMMON = {"root", "user", "users", "home", "admin", "runner", "vm", "host", "localhost", "docker", "data", "work"}
@@ -50,10 +55,14 @@ def without_names(text: str) -> str:
 
 
 def _run(words: list[str], root: Path, seconds: float = 60) -> tuple[int, str]:
-    """Exit code and output (stdout, or the last line of stderr when it failed)."""
+    """Exit code and output (stdout, or the first line of stderr when it failed).
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer (`_guarded` makes a warning of it).
+    """
     try:
         done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=seconds, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         return 127, type(error).__name__
     if done.returncode == 0:
         return 0, done.stdout.strip()
@@ -208,23 +217,25 @@ def _sqlite_store(path: Path, root: Path) -> Check:
 
 
 def _journals(root: Path) -> list[Check]:
-    waiting = len(list((root / ".tracking").glob("*.jsonl")))
-    if not waiting:
-        return []
-    return [
-        Check(
-            "mlflow delivery",
-            "warning",
-            f"{waiting} run(s) not or not fully delivered (or still running)",
-            "sonoscope sync",
-        )
-    ]
+    waiting = Counter()
+    for path in (root / FOLDER).glob("*.jsonl"):
+        try:
+            # A stage that has just ended may be delivered by the next one.
+            waiting[in_use(path) or time.time() - path.stat().st_mtime < YOUNG_SECONDS] += 1
+        except FileNotFoundError:
+            continue
+    name = "mlflow delivery"
+    running = [Check(name, "ok", f"{waiting[True]} journal(s) of stages that run now or have just ended")] if waiting[True] else []
+    left = [Check(name, "warning", f"{waiting[False]} run(s) not or not fully delivered", "sonoscope sync")] if waiting[False] else []
+    return running + left
 
 
 def _guarded(name: str, probe: Callable[..., list[Check]], *arguments: object) -> list[Check]:
     """The checks of one probe; one that fails itself becomes a line of the report instead of ending it."""
     try:
         return probe(*arguments)
+    except subprocess.TimeoutExpired as late:
+        return [no_answer(name, late)]
     except Exception as error:
         return [Check(name, "problem", f"the check itself failed: {type(error).__name__}: {error}", "make install")]
 

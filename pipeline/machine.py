@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Check", "locked_versions", "machine_checks"]
+__all__ = ["Check", "locked_versions", "machine_checks", "no_answer"]
 
 GIB = 1024**3
-TORCH_SECONDS = 180
+TORCH_SECONDS, OPENCV_SECONDS = 180.0, 60.0
 """A cold import of torch from a slow disk takes a minute; a hang does not end."""
 
 _TORCH_PROBE = """
@@ -84,14 +84,21 @@ class Check:
     todo: str = ""
 
 
+def no_answer(name: str, late: subprocess.TimeoutExpired) -> Check:
+    """What is slow is not known to be broken."""
+    found = f"no answer within {late.timeout:g} s; the machine may be busy"
+    return Check(name, "warning", found, "run 'sonoscope doctor' again when less is running; if it stays silent, it hangs")
+
+
 def _probe(code: str, *arguments: str, seconds: float) -> tuple[dict[str, Any] | None, str]:
-    """Run `code` in a fresh interpreter; its JSON line, or None and what went wrong in one line."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {seconds:g} s"
+    """Run `code` in a fresh interpreter; its JSON line, or None and what went wrong in one line.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=seconds, check=False
+    )
     if done.returncode < 0:
         return None, f"the process died of signal {-done.returncode}"
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
@@ -165,7 +172,10 @@ def _nvidia_present() -> bool:
 
 def _torch() -> list[Check]:
     """torch and torchvision as a pair, devices, communication, precision."""
-    facts, wrong = _probe(_TORCH_PROBE, seconds=TORCH_SECONDS)
+    try:
+        facts, wrong = _probe(_TORCH_PROBE, seconds=TORCH_SECONDS)
+    except subprocess.TimeoutExpired as late:
+        return [no_answer("torch", late)]
     if facts is None:
         return [
             Check(
@@ -282,7 +292,10 @@ def _resources(root: Path) -> list[Check]:
 
 def _opencv(folder: Path) -> list[Check]:
     """Whether cv2 imports, and whether it reads what it wrote."""
-    facts, wrong = _probe(_OPENCV_PROBE, str(folder), seconds=60)
+    try:
+        facts, wrong = _probe(_OPENCV_PROBE, str(folder), seconds=OPENCV_SECONDS)
+    except subprocess.TimeoutExpired as late:
+        return [no_answer("opencv", late)]
     if facts is None:
         if re.search(r"libGL|libgthread|libglib|libEGL|libxcb|libSM|libXext", wrong):
             todo = (

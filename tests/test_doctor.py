@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pipeline import doctor, machine
 from pipeline.doctor import project_checks, run_doctor, without_names
 from pipeline.machine import Check, locked_versions
+from pipeline.tracking_journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +61,7 @@ def test_project_checks__each_trouble_is_named_with_what_to_do(project: Path) ->
     (project / ".gitignore").write_text("dvc.lock\n", encoding="utf-8")
     (project / ".tracking").mkdir()
     (project / ".tracking" / "a.jsonl").write_text("{}\n", encoding="utf-8")
+    os.utime(project / ".tracking" / "a.jsonl", (0, 0))
     found = _by_name(project_checks(project))
     assert {name: found[name].status for name in ("data.source", "mlflow store", "dvc", "mlflow delivery")} == {
         "data.source": "problem",
@@ -67,6 +70,17 @@ def test_project_checks__each_trouble_is_named_with_what_to_do(project: Path) ->
         "mlflow delivery": "warning",
     }
     assert all(check.todo for check in found.values() if check.status != "ok")
+
+
+def test_journals__of_running_stages_are_no_trouble(project: Path) -> None:
+    young, running, left = (Journal.open(project, name) for name in ("young", "running", "left"))
+    young.close(), left.close()
+    for journal in (running, left):
+        os.utime(journal.path, (0, 0))
+    checks = [check for check in project_checks(project) if check.name == "mlflow delivery"]
+    running.close()
+    assert [check.status for check in checks] == ["ok", "warning"]
+    assert checks[0].found.startswith("2 journal(s)") and checks[1].found.startswith("1 run(s)") and checks[1].todo == "sonoscope sync"
 
 
 def test_project_checks__relative_source_does_not_reach_the_queue(project: Path) -> None:
@@ -191,16 +205,33 @@ def test_opencv__missing_libgl_names_the_way_out(tmp_path: Path, monkeypatch: py
     ("code", "words"),
     [
         ("import os; os.abort()", "signal 6"),
-        ("import time; time.sleep(30)", "no answer"),
         ("raise ImportError('torn')", "torn"),
         ("pass", "exit code 0"),
     ],
 )
 def test_probe__a_broken_library_cannot_end_the_report(code: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_TORCH_PROBE", code)
-    monkeypatch.setattr(machine, "TORCH_SECONDS", 1.0)
     (check,) = machine._torch()
     assert check.status == "problem" and words in check.found and check.todo
+
+
+def test_timeout__is_a_warning_in_its_own_words(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH", "OPENCV"):
+        monkeypatch.setattr(machine, f"_{name}_PROBE", "import time; time.sleep(30)")
+        monkeypatch.setattr(machine, f"{name}_SECONDS", 0.5)
+    checks = [*machine._torch(), *machine._opencv(project)]
+    real = subprocess.run
+
+    def slow(words: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        if "dvc" in words:
+            raise subprocess.TimeoutExpired(words, 60)
+        return real(words, **options)
+
+    monkeypatch.setattr(doctor.subprocess, "run", slow)
+    checks.append(_by_name(project_checks(project))["dvc"])
+    assert [check.name for check in checks] == ["torch", "opencv", "dvc"] and {check.status for check in checks} == {"warning"}
+    assert [check.found for check in checks] == [f"no answer within {seconds} s; the machine may be busy" for seconds in ("0.5", "0.5", "60")]
+    assert all("again" in check.todo for check in checks)
 
 
 def test_torch__gpu_hidden_by_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
