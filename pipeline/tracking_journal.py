@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows: one process at a time is then the user's business.
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FOLDER", "Journal", "file_lock", "stage_files"]
+__all__ = ["FOLDER", "Journal", "file_lock", "in_use", "stage_files"]
 
 FOLDER = ".tracking"
 
@@ -49,6 +49,12 @@ def _try_lock(handle: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def in_use(path: Path) -> bool:
+    """Whether a living process writes this journal; the file stays as it is. False where the file system knows no locks."""
+    with open(path, "rb") as handle:
+        return not _try_lock(handle.fileno())
 
 
 class Journal:
