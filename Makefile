@@ -47,9 +47,10 @@ $(RUN):
 
 # Order-only: the interpreter's own date must not make the stamp old.
 $(STAMP): requirements.lock requirements-headless.lock pyproject.toml | $(RUN)
-	@echo "Installing the locked packages into $(VENV) (torch and its GPU libraries: several GB the first time)"
+	@echo "Installing the locked packages into $(VENV) (torch and its GPU libraries: 7 GB of disk)"
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip >/dev/null
-	@test -t 1 || quiet=--quiet; \
+	@test -t 1 || { quiet=--quiet; \
+	    echo "No terminal here, so pip says nothing until it is done: about 2 minutes on a fast line, much longer on a slow one"; }; \
 	$(PIP) install $$quiet --require-hashes -r requirements.lock
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@if ! $(RUN) -c 'import cv2' 2>$(VENV)/opencv.log; then \
@@ -74,8 +75,8 @@ demo: install
 	@echo
 	@echo "Report:  reports/evaluate/report.html"
 	@echo "Numbers: reports/evaluate/metrics.json"
-	@echo "MLflow:  $(VENV)/bin/sonoscope ui   (then http://127.0.0.1:5000)"
-	@echo "Next:    source $(VENV)/bin/activate; set data.source in params.yaml; dvc repro"
+	@echo "MLflow:  $(VENV)/bin/sonoscope ui   (stays until Ctrl-C, prints its addresses)"
+	@echo "Next:    . $(VENV)/bin/activate; dvc exp run -S data.source=/absolute/path/to/your/videos"
 
 test: install
 	@$(WITH_VENV) $(RUN) -m pytest -q
