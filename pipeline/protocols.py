@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.evaluation.compare_numbers import Measured, difference
-from pipeline.evaluation.compare_rules import same_rules, unequal
+from pipeline.evaluation.compare import with_holm
+from pipeline.evaluation.compare_numbers import Difference, Measured, difference
+from pipeline.evaluation.compare_rules import same_rules, told_apart
 from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment, some
 from pipeline.evaluation.compare_tables import NAMES
 from pipeline.registry import did_you_mean
@@ -133,19 +134,23 @@ def _cell(value: float | None, low: float | None = None, high: float | None = No
     return str(shown) if None in ends else f"{shown} ({ends[0]} to {ends[1]})"
 
 
-def _gap(row: Experiment, honest: Experiment, metric: str) -> tuple[str, str, str]:
-    """Difference to the honest row, p, and why there is no test (or "")."""
+def _p(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _gap(row: Experiment, honest: Experiment, metric: str) -> tuple[str, Difference | None, str]:
+    """Difference to the honest row as a cell and, where it is tested, with its p; and why there is no test (or "")."""
     if row.classes != honest.classes:
-        return "–", "–", f"{row.name} tells apart other classes ({', '.join(row.classes)}), so nothing is subtracted"
+        return "–", None, f"{row.name} tells apart other classes ({', '.join(row.classes)}), so nothing is subtracted"
     first, second = (Measured(one.name, one.table, one.classes) for one in (row, honest))
     try:
         same_rules([honest.name, row.name], [honest.table, row.table], [honest.classes, row.classes])
     except DataError:
         values = [one.intervals(CONFIDENCE)[metric].value for one in (first, second)]
         plain = None if None in values else values[0] - values[1]
-        return _cell(plain, sign="+"), "–", "folds"
+        return _cell(plain, sign="+"), None, "folds"
     gap = difference(first, second, metric, confidence=CONFIDENCE)
-    return _cell(gap.value, gap.low, gap.high, "+"), "–" if gap.p is None else f"{gap.p:.3f}", ""
+    return _cell(gap.value, gap.low, gap.high, "+"), gap, ""
 
 
 def show_protocols(names: Sequence[str], *, initialisation: str = "pretrained", level: Level = "video", prefix: str = "protocol") -> str:
@@ -170,14 +175,19 @@ def _markdown(rows: Sequence[Experiment], level: str) -> str:
     honest = next((row for row in rows if _protocol_of(row) == PROTOCOLS[0]), None)
     metric = METRICS[0]
     titles = [_protocol_of(row).title for row in rows]
-    columns = ["protocol", *(NAMES[name] for name in METRICS), f"{NAMES[metric]} minus honest", "p", "stamp"]
+    columns = ["protocol", *(NAMES[name] for name in METRICS), f"{NAMES[metric]} minus honest", "p", "p (Holm)", "stamp"]
+    gaps = {id(row): _gap(row, honest, metric) for row in rows if honest is not None and row is not honest}
+    pairs = {key: pair for key, (_, pair, _) in gaps.items() if pair}
+    tested = dict(zip(pairs, with_holm(list(pairs.values())), strict=True))
     lines, untested, notes = [], [], []
     for row in rows:
         measured = Measured(row.name, row.table, row.classes).intervals(CONFIDENCE)
-        gap, p, why = ("", "", "") if row is honest else ("–", "–", "") if honest is None else _gap(row, honest, metric)
+        gap, _, why = gaps.get(id(row), ("" if row is honest else "–", None, ""))
+        pair = tested.get(id(row))
+        ps = ["" if row is honest else "–"] * 2 if pair is None else [_p(pair.p), _p(pair.p_holm)]
         cells = [_cell(one.value, one.low, one.high) for one in (measured[name] for name in METRICS)]
         title = _protocol_of(row).title
-        lines.append([f"{title}: {row.name}" if titles.count(title) > 1 else title, *cells, gap, p, row.stamp or "none"])
+        lines.append([f"{title}: {row.name}" if titles.count(title) > 1 else title, *cells, gap, *ps, row.stamp or "none"])
         if why == "folds":
             untested.append(row.name)
         elif why:
@@ -186,13 +196,14 @@ def _markdown(rows: Sequence[Experiment], level: str) -> str:
     if level != "frame" and any(row.params.get("data.group") == "frame" for row in rows):
         notes.append(f"In the split by frame a {level} counts once a fold, by the frames which that fold tests.")
     for row in rows:
-        others = unequal(row.params, base.params, KEYS)
+        others = told_apart(row.params, base.params, KEYS)
         if others:
             notes.append(f"{row.name} differs from {base.name} in more than the protocol: {some(others, 6)}.")
     return "\n".join([
         *(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines)), "",
         f"Per {level}; {_rests_on(base)}. Intervals: {CONFIDENCE:.0%} over patients; where only videos are kept apart, over videos, which that "
         "protocol takes for independent.",
+        *([f"p: permutation test by patients; p (Holm): corrected for the {len(tested)} tests of this table."] if len(tested) > 1 else []),
         *([f"No test for {', '.join(untested)}: the folds are not those of {base.name}, so the difference is that of the two values."]
           if untested else []),
         *(["No row is honest (patients apart, inner selection, no transductive pretraining), so nothing is subtracted."] if honest is None else []),

@@ -19,6 +19,7 @@ from pipeline.evaluation.content import data_tables
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import aggregate
 from pipeline.evaluation.report import stamp_words
+from pipeline.evaluation.statistics import holm
 from pipeline.protocols import PROTOCOLS, choose_protocols, commands, run_protocols, show_protocols
 
 
@@ -52,15 +53,15 @@ def test_table__one_row_a_protocol_with_stamp_interval_and_difference(tmp_path: 
     lines = show_protocols(names).split("\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     head, _, honest, chosen, video, frame = rows
-    assert head == ["protocol", "balanced accuracy", "accuracy", "macro F1", "AUROC", "balanced accuracy minus honest", "p", "stamp"]
+    assert head == ["protocol", "balanced accuracy", "accuracy", "macro F1", "AUROC", "balanced accuracy minus honest", "p", "p (Holm)", "stamp"]
     assert [row[0] for row in rows[2:]] == [PROTOCOLS[place].title for place in (0, 1, 3, 4)]
-    assert (honest[5], honest[6], honest[7]) == ("", "", "none")
-    assert [row[7] for row in rows[3:]] == [OPTIMISTIC, f"{VIDEO_LEVEL}, {OPTIMISTIC}", f"{FRAME_LEVEL}, {OPTIMISTIC}"]
-    assert " to " in chosen[5] and 0 < float(chosen[6]) <= 1, "equal folds: a paired interval and a test"
+    assert honest[5:] == ["", "", "", "none"]
+    assert [row[8] for row in rows[3:]] == [OPTIMISTIC, f"{VIDEO_LEVEL}, {OPTIMISTIC}", f"{FRAME_LEVEL}, {OPTIMISTIC}"]
+    assert " to " in chosen[5] and 0 < float(chosen[6]) <= 1 and chosen[7] == chosen[6], "equal folds: a paired interval and a test"
     for row in (video, frame):
         assert row[5] == f"{float(row[1].split()[0]) - float(honest[1].split()[0]):+.2f}" or abs(
             float(row[5]) - (float(row[1].split()[0]) - float(honest[1].split()[0]))) <= 0.0101
-        assert row[6] == "–"
+        assert row[6] == row[7] == "–"
     notes = "\n".join(line for line in lines if not line.startswith("|"))
     assert "In the split by frame a video counts once a fold" in notes
     assert "12 patients, 24 units, 3 folds, 1 seed" in notes
@@ -76,9 +77,22 @@ def test_table__says_when_more_than_the_protocol_differs_or_nothing_is_honest(tm
     second = show_protocols([honest, finished(tmp_path / "again", "patient", "inner", "")])
     assert "(honest): patient-inner |" in second and "(honest): again |" in second
     alone = show_protocols([other])
-    assert "| patients apart, best epoch on test |" in alone and "No row is honest" in alone and "| – | – | optimistic" in alone
+    assert "| patients apart, best epoch on test |" in alone and "No row is honest" in alone and "| – | – | – | optimistic" in alone
     classes = finished(tmp_path / "three", "patient", "best_on_test", OPTIMISTIC, classes=["a", "b", "c"])
     assert "three tells apart other classes (a, b, c), so nothing is subtracted" in show_protocols([honest, classes])
+
+
+def test_table__several_tests_are_corrected_and_two_methods_named_once(tmp_path: Path) -> None:
+    names = [finished(tmp_path / "patient-inner", "patient", "inner", "", 0.3)]
+    names += [finished(tmp_path / name, "patient", "best_on_test", OPTIMISTIC, skill) for name, skill in (("one", 2.5), ("two", 1.0))]
+    path = Path(names[2]) / "params.yaml"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrain": {"method": "ucl", "init": "random"}}))
+    text = show_protocols(names)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n") if line.startswith("|")][3:]
+    raw, corrected = ([float(row[place]) for row in rows] for place in (6, 7))
+    assert corrected == pytest.approx(holm(raw), abs=0.0021) and corrected != raw
+    assert "corrected for the 2 tests of this table" in text
+    assert "two differs from patient-inner in more than the protocol: pretrain.method." in text
 
 
 def test_table__nothing_there(tmp_path: Path) -> None:

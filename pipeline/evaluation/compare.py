@@ -20,7 +20,7 @@ from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_
 from pipeline.evaluation.statistics import Interval, holm
 from pipeline.registry import did_you_mean
 
-__all__ = ["LOWER_IS_BETTER", "Comparison", "Curve", "Row", "Settings", "compare", "compare_by"]
+__all__ = ["LOWER_IS_BETTER", "Comparison", "Curve", "Row", "Settings", "compare", "compare_by", "with_holm"]
 
 LOWER_IS_BETTER = ("log_loss", "brier")
 @dataclass(frozen=True)
@@ -87,12 +87,14 @@ class Comparison:
     pairs: Sequence[Difference]
     """First minus second: every row minus the reference, or all pairs."""
     counts: Mapping[str, int]
-    """patients, units, folds, repeats, seeds, classes."""
+    """patients, units, folds (of one repeat), repeats, seeds."""
     classes: Sequence[str]
     differing: Mapping[str, Sequence[str]]
     """Parameters that are not equal in all rows, with the value of each row ("" where a row has none)."""
     warnings: Sequence[str] = field(default_factory=list)
     curve: Curve | None = None
+    who: str = "patient"
+    """What is kept whole, drawn and exchanged: `patient`, or `group` where some patients are unknown or not kept apart."""
 
     def to(self, name: str) -> Difference | None:
         """The difference of a row to the row it is compared with: the reference, or on a curve its point at the same value."""
@@ -105,7 +107,7 @@ class Comparison:
         return {
             "schema": 1, "metric": asked.metric, "level": asked.level, "initialisation": asked.initialisation, "reference": self.reference,
             "replicates": asked.replicates, "confidence": asked.confidence, "seed": asked.seed, "all_pairs": asked.all_pairs,
-            "lower_is_better": asked.metric in LOWER_IS_BETTER, "counts": dict(self.counts), "classes": list(self.classes),
+            "lower_is_better": asked.metric in LOWER_IS_BETTER, "counts": dict(self.counts), "who": self.who, "classes": list(self.classes),
             "rows": [row.as_dict() for row in self.rows], "differences": [pair.as_dict() for pair in self.pairs],
             "differing_parameters": {key: list(values) for key, values in self.differing.items()}, "warnings": list(self.warnings),
             "curve": asdict(self.curve) if self.curve else None,
@@ -140,7 +142,7 @@ def measure(groups: Sequence[Group], settings: Settings) -> tuple[list[Measured]
     same_rules([group.name for group in groups], tables, [group.members[0].classes for group in groups])
     measured, rows = [], []
     for group, table in zip(groups, tables, strict=True):
-        one = Measured(group.name, table, group.members[0].classes)
+        one = Measured(group.name, table, group.members[0].classes, group.trained)
         rows.append(
             Row(
                 group.name, group.members[0].method, group.stamp, tuple(member.name for member in group.members),
@@ -287,13 +289,14 @@ def _result(
     ]
     return Comparison(
         settings, rows, reference, with_holm(pairs), _counts(measured[0]), measured[0].classes, _differing(groups),
-        _warnings(groups, settings, len(pairs)), curve,
+        _warnings(groups, settings, len(pairs)), curve, "group" if any(name.startswith("V") for name in measured[0].patients) else "patient",
     )
 
 
 def _counts(one: Measured) -> dict[str, int]:
     table = one.table
     counted = {key: int(table[key].nunique()) for key in ("fold", "repeat", "seed")}
+    counted["fold"] = int(table.groupby("repeat")["fold"].nunique().max())
     return {"patients": len(one.patients), "units": int(table["unit"].nunique()), **{f"{key}s": count for key, count in counted.items()}}
 
 

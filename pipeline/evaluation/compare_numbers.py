@@ -57,8 +57,9 @@ class Difference:
 class Measured:
     """Predictions of one row."""
 
-    def __init__(self, name: str, table: pd.DataFrame, classes: Sequence[str]) -> None:
-        """`table` as `compare_sources.Experiment.table`."""
+    def __init__(self, name: str, table: pd.DataFrame, classes: Sequence[str], trained: float = 1.0) -> None:
+        """`table` as `compare_sources.Experiment.table`; `trained` as `compare_rules.Group.trained`."""
+        self.trained = trained
         self.name, self.table, self.classes = name, table, tuple(classes)
         self.patients = sorted(set(table["patient"]))
         self.runs = {key: Scores.from_table(part, classes) for key, part in table.groupby(RUN)}
@@ -132,11 +133,13 @@ def _fold_test(first: Measured, second: Measured, metric: str, confidence: float
         return None
     if len(gaps) < 2:
         return {"count": len(gaps), "p_value": None, "reason": f"defined in only {len(gaps)} of {len(left)} folds"}
-    # Units tested over units trained on, as all folds together are the data.
+    # Units tested over units trained on, as all folds together are the data; the smaller training part is the cautious one.
+    trained = min(first.trained, second.trained)
     sizes = first.table.groupby(["repeat", "fold"])["unit"].nunique()
     whole = sizes.groupby(level=0).sum()
-    ratio = float(np.mean([size / (whole[repeat] - size) for (repeat, _), size in sizes.items()]))
-    return {"count": len(gaps), "of": len(left), "test_over_train": ratio, **corrected_resampled_t(gaps, ratio, confidence=confidence).as_dict()}
+    ratio = float(np.mean([size / (whole[repeat] - size) / trained for (repeat, _), size in sizes.items()]))
+    tested = corrected_resampled_t(gaps, ratio, confidence=confidence).as_dict()
+    return {"count": len(gaps), "of": len(left), "test_over_train": ratio, "trained": trained, **tested}
 
 
 def _others(first: Measured, second: Measured, metric: str) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import pandas as pd
 from pipeline.errors import DataError
 from pipeline.evaluation.compare_sources import Experiment, some
 
-__all__ = ["SEEDS", "Group", "joined", "same_rules", "tables_of", "together", "unequal"]
+__all__ = ["SEEDS", "Group", "joined", "same_rules", "tables_of", "together", "told_apart", "unequal"]
 
 SEEDS = ("pretrain.seed", "finetune.seeds")
 BESIDE = re.compile(
@@ -41,6 +41,13 @@ class Group:
         return {key: value for key, value in self.members[0].params.items() if key not in SEEDS and not BESIDE.match(key)}
 
     @property
+    def trained(self) -> float:
+        """Share of a fold's training part that is trained on: with selection `inner` one of split.inner_folds parts only chooses the epoch."""
+        parts = self.params.get("split.inner_folds", "")
+        held = self.params.get("finetune.selection") == "inner" and parts.isdecimal() and int(parts) > 1
+        return 1 - 1 / int(parts) if held else 1.0
+
+    @property
     def seeds(self) -> list[int]:
         """Seeds of the rows of `table`."""
         return sorted({int(seed) for one in self.members for seed in one.table["seed"].unique()})
@@ -60,10 +67,7 @@ def joined(members: Sequence[Experiment], name: str = "") -> Group:
     group = Group(name or _common([one.name for one in members]), tuple(members))
     first = members[0]
     for other in members[1:]:
-        keys = unequal(first.params, other.params)
-        if "pretrain.method" in keys:
-            # Each method has a block of its own, whose keys would bury what matters.
-            keys = ["pretrain.method", *(key for key in keys if key != "pretrain.method" and not key.startswith("methods."))]
+        keys = told_apart(first.params, other.params)
         if keys:
             shown = ", ".join(f"{key} ({first.params.get(key, 'not there')} and {other.params.get(key, 'not there')})" for key in keys[:6])
             raise DataError(
@@ -80,6 +84,14 @@ def unequal(one: Mapping[str, str], other: Mapping[str, str], without: Iterable[
     """Keys in which results may differ, sorted."""
     keys = {key for key in {*one, *other} if one.get(key) != other.get(key)}
     return sorted(key for key in keys - set(without) if not BESIDE.match(key))
+
+
+def told_apart(one: Mapping[str, str], other: Mapping[str, str], without: Iterable[str] = SEEDS) -> list[str]:
+    """`unequal` for a sentence: of two methods the name alone, as each has a block of its own, whose keys would bury what matters."""
+    keys = unequal(one, other, without)
+    if "pretrain.method" not in keys:
+        return keys
+    return ["pretrain.method", *(key for key in keys if key != "pretrain.method" and not key.startswith("methods."))]
 
 
 def together(experiments: Sequence[Experiment]) -> list[Group]:
