@@ -100,7 +100,7 @@ def test_finetuning__frozen_transformer_is_computed_once(
     assert run.cached == cached
     run.train(ListTracker(), "test")
     if last:
-        assert run._inputs[0][1].shape[1:] == last
+        assert run._views[0][1].shape[1:] == last
     uncached = run.params.model_copy(update={"cached_views": 0})
     direct = Finetuning(run.network, run.data, uncached, seed=0, size=32, device=CPU)
     assert not direct.cached
