@@ -156,8 +156,30 @@ def test_compare__repeats_and_folds_enter_the_resampled_t(tmp_path: Path) -> Non
     names = [project(tmp_path / "one", 0.5, repeats=2), project(tmp_path / "two", 0.7, repeats=2, start=2)]
     found = compare(names, FAST)
     folds = found.pairs[0].folds
-    assert found.counts["repeats"] == 2 and folds["count"] == 6 and folds["test_over_train"] == pytest.approx(0.5, abs=0.1)
+    assert found.counts["repeats"] == 2 and folds["count"] == 6 and folds["test_over_train"] == pytest.approx(0.75, abs=0.1), "a third of training is held back"
+    assert found.counts["folds"] == 3 and "3 folds, 2 repeats" in as_markdown(found) and "inner validation part is no training" in as_markdown(found)
     assert 0 < folds["p_value"] <= 1 and any("resampled t-test" in line for line in protocol(found))
+
+
+def test_compare__fold_test_counts_what_was_trained_on(tmp_path: Path) -> None:
+    """Without an inner part all of training counts; of two rows the smaller part."""
+    last = {"finetune": {"selection": "last"}}
+    names = [project(tmp_path / "one", 0.5, params=last), project(tmp_path / "two", 0.7, start=2, params=last)]
+    names.append(project(tmp_path / "half", 0.7, start=2, params={"split": {"inner_folds": 2}}))
+    found = compare(names, FAST)
+    assert [pair.folds["test_over_train"] for pair in found.pairs] == pytest.approx([0.5, 1.0])
+    assert found.pairs[1].folds["p_value"] > found.pairs[0].folds["p_value"]
+
+
+def test_compare__groups_of_videos_are_not_called_patients(tmp_path: Path) -> None:
+    names = [
+        project(tmp_path / name, right, edit=lambda t: t.assign(patient="V" + t["video"]), params={"data": {"group": "video"}})
+        for name, right in (("one", 0.5), ("two", 0.8))
+    ]
+    found = compare(names, FAST)
+    words = "\n".join([as_markdown(found, full=False), *protocol(found)])
+    assert found.who == "group" and "48 groups, 48 videos" in words and "fine-tuned without its group" in words
+    assert "patients" not in words.replace("where patients are unknown", "") and "its patient" not in words
 
 
 def test_compare__delong_and_mcnemar_stand_beside(tmp_path: Path) -> None:
@@ -437,6 +459,8 @@ def test_mlflow__by_run_name_experiment_name_and_ids(tmp_path: Path, empty_store
     refused(["tepid-gibe", "bold-newt"], f"2 runs in MLflow are called 'bold-newt'; give the id of one .newest first.: .*{two[0]}")
     refused(["tepid-gibe", "slow"], "run 'slow' has no finished evaluation")
     refused(["tepid-gibe", "bold-nwt"], "Did you mean 'bold-newt'.*There are: bold-newt, slow, tepid-gibe.")
+    client.create_run(experiment, tags={"sonoscope.level": "execution", "dvc.experiment": "workspace"}, run_name="ucl baseline 1898d06")
+    refused(["tepid-gibe", "bold-nwt"], "tepid-gibe, 'ucl baseline 1898d06'.")
     refused(["tepid-gibe", "0" * 32], "is not a folder")
     refused(["tepid-gibe", "ucl bold-newt"], "no artifact predictions.csv", Settings(level="frame"))
 

@@ -89,7 +89,7 @@ def _frame(left: Axes, right: Axes, found: Comparison) -> None:
     name, percent = NAMES[asked.metric], f"{asked.confidence:.0%}"
     lower = ", lower is better" if asked.metric in LOWER_IS_BETTER else ""
     left.set_title(f"{name[0].upper()}{name[1:]} per {asked.level}")
-    left.set_xlabel(f"{percent} interval, {found.counts['patients']} patients{lower}")
+    left.set_xlabel(f"{percent} interval, {found.counts['patients']} {found.who}s{lower}")
     # Room for the number at the right end.
     low, high = left.get_xlim()
     left.set_xlim(low, high + 0.1 * (high - low))
@@ -199,8 +199,8 @@ def _page(found: Comparison, picture: Path) -> str:
     style = Markup("".join(report.blocks["style"](report.new_context({}))))
     spoken = "; ".join(f"{row.name} {number(row.values[asked.metric].value, asked.metric)}" for row in found.rows)
     caption = (
-        "Marks: mean over seeds; lines and bands: intervals over patients; small dots: seeds. " if found.counts["seeds"] > 1
-        else "Marks: values; lines and bands: intervals over patients. "
+        f"Marks: mean over seeds; lines and bands: intervals over {found.who}s; small dots: seeds. " if found.counts["seeds"] > 1
+        else f"Marks: values; lines and bands: intervals over {found.who}s. "
     ) + ("" if found.curve else "Diamond: the reference. Orange: shown after correction. ")
     return jinja.get_template("compare.html.j2").render(
         style=style, metric=NAMES[asked.metric], rests_on=rests_on(found), classes=found.classes, warnings=found.warnings, headline=headline(found),

@@ -18,7 +18,7 @@ NAMES = {
     "brier": "Brier score",
 }
 COLUMNS = 6
-LEVEL_WORDS = {"video": "videos", "patient": "patients (once for each label)", "frame": "frames"}
+LEVEL_WORDS = {"video": "videos", "patient": "{who}s (once for each label)", "frame": "frames"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def rests_on(found: Comparison) -> str:
     """`30 patients, 89 videos, 5 folds, 3 seeds`."""
     counts, level = found.counts, found.settings.level
     units = {"video": "video", "patient": "judgement", "frame": "frame"}[level]
-    words = [(counts["patients"], "patient"), (counts["units"], units), (counts["folds"], "fold"), (counts["repeats"], "repeat"), (counts["seeds"], "seed")]
+    words = [(counts["patients"], found.who), (counts["units"], units), (counts["folds"], "fold"), (counts["repeats"], "repeat"), (counts["seeds"], "seed")]
     return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in words if word != "repeat" or count > 1)
 
 
@@ -96,7 +96,8 @@ def _main(found: Comparison) -> Grid:
             cells += [_p((pair.folds or {}).get("p_value"))] if folded else []
         rows.append(cells)
     lower = " (lower is better)" if metric in LOWER_IS_BETTER else ""
-    return Grid(f"{name[0].upper()}{name[1:]} of {LEVEL_WORDS[found.settings.level]}{lower}: {rests_on(found)}", columns, rows, columns[2:])
+    units = LEVEL_WORDS[found.settings.level].format(who=found.who)
+    return Grid(f"{name[0].upper()}{name[1:]} of {units}{lower}: {rests_on(found)}", columns, rows, columns[2:])
 
 
 def _others(found: Comparison) -> Grid:
@@ -133,7 +134,7 @@ def _delong(found: Comparison) -> Grid:
         tests = [pair.others.get(f"DeLong, {name}", {}) for name in found.classes]
         cells = [_interval(test.get("difference"), test.get("low"), test.get("high"), "macro_auroc", "+") + f", p {_p(test.get('p_value'))}" for test in tests]
         rows.append([pair.first, pair.second, *cells])
-    return Grid("AUROC of each class: DeLong's test over patients (not corrected for several classes)", columns, rows, columns[2:])
+    return Grid(f"AUROC of each class: DeLong's test over {found.who}s (not corrected for several classes)", columns, rows, columns[2:])
 
 
 def _differing(found: Comparison) -> Grid:
@@ -173,33 +174,36 @@ def is_shown(pair: Difference | None, confidence: float) -> bool:
 
 def protocol(found: Comparison) -> list[str]:
     """How the numbers came about, in sentences."""
-    asked, counts = found.settings, found.counts
+    asked, counts, who = found.settings, found.counts, found.who
     several = counts["seeds"] > 1 or counts["repeats"] > 1
     stamped = ", except where a stamp says otherwise" if any(row.stamp for row in found.rows) else ""
     unit = "frame" if asked.level == "frame" else "video"
     lines = [
-        f"All rows were judged on the same {rests_on(found)}; labels, patients and folds were checked to be equal. Every {unit} was judged by "
-        f"networks fine-tuned without its patient{stamped} (initialisation: {asked.initialisation}).",
+        f"All rows were judged on the same {rests_on(found)}; labels, {who}s and folds were checked to be equal. Every {unit} was judged by "
+        f"networks fine-tuned without its {who}{stamped} (initialisation: {asked.initialisation}).",
+        *(["A group is a patient, or a single video (with its copies) where patients are unknown or not kept apart (data.group: video): then other videos "
+           "of the patient may have been trained on, and videos count as independent."] if who == "group" else []),
         "Folds are pooled before a metric is computed" + ("; the value is the mean over seeds and repeats." if several else "."),
-        f"Intervals of values ({asked.confidence:.0%}): linearised over patients, as in the report. Intervals of differences: expanded percentiles of "
-        f"{asked.replicates} bootstrap samples that draw whole patients with replacement, all their videos and seeds together; both rows meet the same draws.",
-        f"p: two-sided permutation test that exchanges the two rows' predictions patient by patient ({_exchanges(found)}). p (Holm): corrected for "
+        f"Intervals of values ({asked.confidence:.0%}): linearised over {who}s, as in the report. Intervals of differences: expanded percentiles of "
+        f"{asked.replicates} bootstrap samples that draw whole {who}s with replacement, all their videos and seeds together; both rows meet the same draws.",
+        f"p: two-sided permutation test that exchanges the two rows' predictions {who} by {who} ({_exchanges(found)}). p (Holm): corrected for "
         f"{len(found.pairs)} comparison{'' if len(found.pairs) == 1 else 's'}.",
     ]
     folds = next((pair.folds for pair in found.pairs if pair.folds and pair.folds.get("p_value") is not None), None)
     if folds:
         lines.append(
             f"p (over folds): corrected resampled t-test (Nadeau and Bengio 2003) on {folds['count']} fold differences"
-            f"{', means over seeds' if counts['seeds'] > 1 else ''}, test/training = {folds['test_over_train']:.2f}; a question of its own (what would "
+            f"{', means over seeds' if counts['seeds'] > 1 else ''}, test/training = {folds['test_over_train']:.2f}"
+            f"{' (the inner validation part is no training)' if folds['trained'] < 1 else ''}; a question of its own (what would "
             "other folds give?), with little power for few folds. Not corrected."
         )
     if any("McNemar" in pair.others for pair in found.pairs):
         lines.append(
-            "p (McNemar): from the units where only one of the two is right, clustered by patient (Obuchowski 1998); mid-p where each patient gives "
+            f"p (McNemar): from the units where only one of the two is right, clustered by {who} (Obuchowski 1998); mid-p where each {who} gives "
             "one unit. Not corrected."
         )
     if any(name.startswith("DeLong") for pair in found.pairs for name in pair.others):
-        lines.append("DeLong: clustered by patient (Obuchowski 1997)" + (", all seeds pooled. Not corrected." if several else ". Not corrected."))
+        lines.append(f"DeLong: clustered by {who} (Obuchowski 1997)" + (", all seeds pooled. Not corrected." if several else ". Not corrected."))
     return lines
 
 
@@ -220,7 +224,7 @@ def cannot(found: Comparison) -> list[str]:
         lines.append(f"Stamped rows ({'; '.join(stamps)}) do not say how well new patients would be judged.")
     lines.append("A difference that is not shown is not shown to be absent: look at the interval for how large it may still be.")
     lines.append(
-        f"{patients} patients of one collection: nothing is said about other hospitals, scanners or patient groups"
+        f"{patients} {found.who}s of one collection: nothing is said about other hospitals, scanners or patient groups"
         + (", and with so few the interval is the message, not the number." if patients < 100 else ".")
     )
     if found.counts["seeds"] == 1:
@@ -228,7 +232,7 @@ def cannot(found: Comparison) -> list[str]:
             "One seed a row: what another start of the same training would give is in no interval, and differences of a few hundredths are often no "
             "more than that (join seeds: NAME=A-s0+A-s1+A-s2)."
         )
-    lines.append("The rows are a choice: leaving out what did badly, or tuning settings on these patients, makes the best of them look better than it is.")
+    lines.append(f"The rows are a choice: leaving out what did badly, or tuning settings on these {found.who}s, makes the best of them look better than it is.")
     return lines
 
 
