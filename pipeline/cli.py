@@ -128,7 +128,7 @@ def _ui(arguments: argparse.Namespace) -> int:
         print(shlex.join(["mlflow", *words[3:]]))
         return 0
     home = f"http://127.0.0.1:{arguments.port}/"
-    print(f"MLflow at {home} (Ctrl-C ends it)", flush=True)
+    print(f"MLflow at {home} answers in some seconds and stays until Ctrl-C; --port chooses another port", flush=True)
     _show_views(uri, config.tracking.experiment, home)
     # In place of this process, so that Ctrl-C and signals reach the server itself.
     os.execv(words[0], words)
@@ -145,6 +145,8 @@ def _show_views(uri: str, experiment: str, home: str) -> None:
         return
     for name, place in views.items():
         print(f"  {name}: {home}{place}", flush=True)
+    if views and "compare" not in views:
+        print("  compare: comes with the second evaluated experiment; start this command again then", flush=True)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -372,6 +374,14 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.set_defaults(run=_compare)
 
 
+_ROWS = (
+    "protocols to run, such as patient-inner,video-test (default: all but the last): "
+    "patient-inner (patients apart, epoch by inner patients: the honest one), patient-test (patients apart, best epoch on test), "
+    "video-inner (videos apart, epoch by inner videos), video-test (videos apart, best epoch on test), "
+    "frame-test (frames apart, best epoch on test), patient-transductive (as patient-inner, but pretraining has seen the test videos)"
+)
+
+
 def _add_protocols(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The sub-command `protocols`."""
     protocols = commands.add_parser(
@@ -382,7 +392,7 @@ def _add_protocols(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "then prints their numbers side by side. params.yaml stays as it is.",
     )
     protocols.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE", help="parameter of all of them, as for 'dvc exp run -S'")
-    protocols.add_argument("--rows", default="", metavar="A,B", help="protocols to run, such as patient-inner,video-test (default: the usual five)")
+    protocols.add_argument("--rows", default="", metavar="A,B", help=_ROWS)
     protocols.add_argument("--queue", action="store_true", help="put them into DVC's queue instead of running them")
     protocols.add_argument("--print", action="store_true", help="print the commands instead of running them")
     protocols.add_argument("--prefix", default="protocol", help="start of the experiments' names (default: protocol)")

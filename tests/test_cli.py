@@ -207,6 +207,15 @@ def test_overrides__blank_in_a_value_is_refused() -> None:
         as_overrides(Preset("p", "", {"evaluate.title": "two words"}))
 
 
+def test_protocols__help_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.protocols import PROTOCOLS
+
+    with pytest.raises(SystemExit):
+        main(["protocols", "--help"])
+    printed = "".join(capsys.readouterr().out.split())  # lines are cut at hyphens, too
+    assert all(f"{protocol.key}(" in printed for protocol in PROTOCOLS)
+
+
 def test_ui__prints_the_store_of_the_project(
     params: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

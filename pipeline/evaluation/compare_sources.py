@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,12 +95,11 @@ class Finder:
         if found:
             return found
         known = self.names()
-        # MLflow calls the run of an experiment `<method> <experiment>`: both are understood, one is listed.
-        shown = [one for one in known if one.rpartition(" ")[2] == one or one.rpartition(" ")[2] not in known]
-        there = f" There are: {some(shown, 12)}." if shown else ""
+        there = f" There are: {some(map(shlex.quote, known), 12)}." if known else ""
+        here = " `workspace` is the result in this folder." if self._open_repo() else ""
         raise DataError(
             f"compare: '{name}' is not a folder, not an experiment or revision of this DVC project, and not a run in MLflow."
-            f"{did_you_mean(name, known)}{there} List them with `dvc exp show` or `sonoscope ui`."
+            f"{did_you_mean(name, known)}{there}{here} List them with `dvc exp show` or `sonoscope ui`."
         )
 
     def knows(self, name: str) -> bool:
@@ -107,12 +107,13 @@ class Finder:
         return Path(name).is_dir() or self._dvc(name, []) is not None
 
     def names(self) -> list[str]:
-        """Names of experiments that DVC and MLflow know, sorted."""
+        """Names of experiments that DVC and MLflow know, sorted; a run that is no experiment of DVC by its name in MLflow."""
         repo = self._open_repo()
         listed = {name for found in repo.experiments.ls(all_commits=True).values() for name, _ in found} if repo else set()
         for run in self._runs():
-            listed |= {str(run.info.run_name), run.data.tags.get("dvc.experiment", "")}
-        return sorted(listed - {"", "workspace"})
+            experiment = run.data.tags.get("dvc.experiment", "")
+            listed.add(experiment if experiment not in ("", "workspace") else str(run.info.run_name))
+        return sorted(listed - {""})
 
     # --- a folder ---
 
