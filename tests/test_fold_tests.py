@@ -35,7 +35,8 @@ def test_corrected_t__published_example() -> None:
 
 def test_corrected_t__degenerate_and_wrong_input() -> None:
     constant = corrected_resampled_t([0.1, 0.1, 0.1], 0.5)
-    assert constant.t is None and constant.p_value is None and constant.low == constant.high
+    assert constant.t is None and constant.p_value is None and "no variance" in constant.reason
+    assert constant.mean == pytest.approx(0.1) and constant.low is None and constant.high is None
     with pytest.raises(DataError, match="at least 2"):
         corrected_resampled_t([0.1], 0.5)
     with pytest.raises(DataError, match="finite"):

@@ -23,8 +23,8 @@ class FoldTest:
     t: float | None
     degrees: int
     p_value: float | None
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def corrected_resampled_t(
         test_over_train: n_test / n_train; for k-fold cross-validation 1 / (k - 1), repeated or not.
 
     Returns:
-        `t` and `p_value` are None, with a reason, when all differences are equal (no variance to compare with).
+        `t`, `p_value`, `low` and `high` are None, with a reason, when all differences are equal (no variance to compare with).
 
     Raises:
         DataError: fewer than 2 values, a value that is not finite, or a ratio that is not positive.
@@ -79,11 +79,13 @@ def corrected_resampled_t(
     spread = float(values.std(ddof=1))
     spread = 0.0 if spread <= 1e-12 * max(1.0, abs(mean)) else spread
     error = spread * float(np.sqrt(1 / len(values) + test_over_train))
+    if not error:
+        # Folds that agree are no proof that others would.
+        reason = "all folds differ by the same amount: no variance to compare with"
+        return FoldTest(mean, 0.0, None, degrees, None, None, None, reason)
     half = float(stats.t.ppf((1 + confidence) / 2, degrees)) * error
-    t = mean / error if error else None
-    p_value = float(2 * stats.t.sf(abs(t), degrees)) if t is not None else None
-    reason = "" if error else "all folds differ by the same amount: no variance to compare with"
-    return FoldTest(mean, error, t, degrees, p_value, mean - half, mean + half, reason)
+    t = mean / error
+    return FoldTest(mean, error, t, degrees, float(2 * stats.t.sf(abs(t), degrees)), mean - half, mean + half)
 
 
 def bayesian_correlated_t(differences: Sequence[float], test_over_train: float, *, rope: float = 0.01) -> RopeAnswer:
