@@ -14,6 +14,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation import evaluate as evaluation
+from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.shortcuts import (
     area_facts,
     file_facts,
@@ -40,6 +41,11 @@ def judged(fake: FakeExperiment, change=lambda row, place: row, store: bool = Tr
         frames = FrameStore(frames.folder)
     metrics = evaluation.evaluate(fake.config, fake.folders, fake.splits, frames, output)
     return metrics, html.unescape((output / "report.html").read_text(encoding="utf-8"))
+
+
+def named(metrics):
+    """The numbers of both models."""
+    return [metrics["shortcuts"][name] for name in ("file", "area")]
 
 
 def test_planted__the_size_of_the_picture_tells_the_class(tmp_path):
@@ -85,13 +91,33 @@ def test_weak_network__the_words_are_those_of_guessing(tmp_path):
 
 def test_store__none_and_one_that_lacks_videos(tmp_path):
     metrics, page = judged(FakeExperiment(tmp_path / "one"), store=False)
-    assert {one["reason"] for one in metrics["shortcuts"].values()} == {"the frame store is not there"}
+    assert {one["reason"] for one in named(metrics)} == {"the frame store is not there"}
     assert "no value, because the frame store is not there" in page
     fake = FakeExperiment(tmp_path / "two")
     store = fake.store()
     Manifest(store.manifest.rows[:-2]).write(store.folder / "manifest.csv")
     with pytest.raises(DataError, match=r"2 videos of the split not in the manifest.*dvc repro split"):
         evaluation.evaluate(fake.config, fake.folders, fake.splits, FrameStore(store.folder), tmp_path / "out")
+
+
+def test_repeats__are_averaged_as_in_the_main_table(tmp_path):
+    fake = FakeExperiment(tmp_path, patients=24, repeats=2, seeds=[0, 1], skill=SURE)
+    widths = np.random.default_rng(4).integers(500, 900, 48)
+    metrics, _ = judged(fake, lambda row, place: replace(row, width=int(widths[place]) + 60 * (row.label == "a")))
+    rows = fake.store().manifest.rows
+    facts = file_facts([replace(row, width=int(widths[place]) + 60 * (row.label == "a")) for place, row in enumerate(rows)])
+    table, _ = predict(facts.loc[:, facts.nunique() > 1], fake.splits)
+    each = [classification_metrics(Scores.from_table(part, fake.classes))["macro_auroc"] for _, part in table.groupby("repeat")]
+    one = metrics["shortcuts"]["file"]
+    assert len(each) == 2 and one["macro_auroc"] == pytest.approx(np.mean(each)) and one["videos"] == 48
+    lead = metrics["pretrained"]["video"]["balanced_accuracy"] - one["balanced_accuracy"]
+    assert one["network_lead"] == pytest.approx(lead)
+
+
+def test_split_by_frame__no_model_learns_the_videos_it_is_tested_on(tmp_path):
+    metrics, page = judged(FakeExperiment(tmp_path, group="frame", frames=24))
+    assert all("balanced_accuracy" not in one and "also trained on" in one["reason"] for one in named(metrics))
+    assert "no value, because in a split by frame every tested video is also trained on" in page and "Neither reaches" not in page
 
 
 def test_predict__one_class_in_a_training_part_and_unknown_rates(tmp_path):

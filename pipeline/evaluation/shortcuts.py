@@ -34,6 +34,7 @@ from pipeline.evaluation.report import (
     signed,
 )
 from pipeline.evaluation.statistics import paired_bootstrap, patient_intervals
+from pipeline.evaluation.summary import average
 
 __all__ = ["area_facts", "file_facts", "predict", "shortcuts_part"]
 
@@ -44,6 +45,7 @@ TREES, SMALLEST_LEAF = 200, 2
 FRAMES_LOOKED_AT = 3
 DARK = 10
 """Grey levels up to this count as outside of the scan area where extraction made no mask."""
+BY_FRAME = "in a split by frame every tested video is also trained on, so these models would know each video by heart"
 DIFFER = {"file": "in how the videos were recorded or stored", "area": "in place, shape or brightness of the scan area"}
 NAMES = {"file": "facts of the file", "area": "scan area and brightness"}
 MEANING = {
@@ -127,7 +129,7 @@ def predict(facts: pd.DataFrame, splits: Splits, seed: int = 0) -> tuple[pd.Data
         facts: numbers by video id, such as `file_facts` gives.
 
     Returns:
-        A table with fold, video, patient, label and p_<class>, and how much each fact was used (sum 1; empty when none).
+        A table with repeat, fold, video, patient, label and p_<class>, and how much each fact was used (sum 1; empty when none).
     """
     classes, tables = list(splits.classes), []
     used = pd.Series(0.0, index=facts.columns)
@@ -141,7 +143,7 @@ def predict(facts: pd.DataFrame, splits: Splits, seed: int = 0) -> tuple[pd.Data
         answers = pd.DataFrame(forest.predict_proba(test.fillna(middle).to_numpy()), columns=list(forest.classes_))
         table = answers.reindex(columns=classes, fill_value=0.0).set_axis(probability_columns(classes), axis=1)
         about = {
-            "fold": fold.fold, "video": list(fold.test), "patient": [splits.groups[video] for video in fold.test],
+            "repeat": fold.repeat, "fold": fold.fold, "video": list(fold.test), "patient": [splits.groups[video] for video in fold.test],
             "label": [splits.labels[video] for video in fold.test],
         }
         tables.append(pd.concat([pd.DataFrame(about), table], axis=1))
@@ -158,9 +160,11 @@ def _judge(context: Context, facts: pd.DataFrame) -> dict[str, Any]:
     if facts.empty:
         return {"reason": "all videos are alike in these facts, so there is nothing to guess from", "facts": []}
     table, used = predict(facts, splits, settings.seed)
-    scores = Scores.from_table(table, splits.classes)
+    # Repeats one by one and averaged, as everywhere: ranking their videos together would be another AUROC.
+    runs = [Scores.from_table(part, splits.classes) for _, part in table.groupby("repeat")]
     how = {"replicates": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
-    values, intervals = classification_metrics(scores), patient_intervals(scores, METRICS, confidence=settings.confidence)
+    values = average([classification_metrics(one) for one in runs])
+    intervals = patient_intervals(runs, METRICS, confidence=settings.confidence)
     result: dict[str, Any] = {"facts": list(facts.columns), "patients": values["patients"], "videos": int(table["video"].nunique())}
     result["undefined"] = {}
     for name in METRICS:
@@ -170,8 +174,9 @@ def _judge(context: Context, facts: pd.DataFrame) -> dict[str, Any]:
             result["undefined"][f"{name} interval"] = reason
     result["used_most"] = dict(sorted(used.items(), key=lambda item: -item[1])[:3])
     videos = context.tables["video"]
-    network = Scores.from_table(videos[videos["init"] == context.inits[0]], splits.classes)
-    lead = paired_bootstrap(network, scores, "balanced_accuracy", **how)
+    own = videos[videos["init"] == context.inits[0]]
+    network = [Scores.from_table(part, splits.classes) for _, part in own.groupby(["seed", "repeat"])]
+    lead = paired_bootstrap(network, runs, "balanced_accuracy", **how)
     result |= {"network_lead": lead.difference, "network_lead_low": lead.low, "network_lead_high": lead.high}
     # Where there is no interval, the value stands for it.
     low, high = (result["balanced_accuracy"] if end is None else end for end in (result["balanced_accuracy_low"], result["balanced_accuracy_high"]))
@@ -184,7 +189,9 @@ def shortcuts_part(context: Context) -> Part:
     """Numbers, warnings and the section of the shortcut baselines."""
     facts: dict[str, pd.DataFrame] = {}
     reasons: dict[str, str] = {}
-    if context.store is None:
+    if context.splits.by_frame:
+        reasons = dict.fromkeys(NAMES, BY_FRAME)
+    elif context.store is None:
         reasons = dict.fromkeys(NAMES, "the frame store is not there")
     else:
         rows = [row for row in context.store.manifest.rows if row.video in context.splits.labels]
