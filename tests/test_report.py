@@ -6,6 +6,7 @@ import base64
 import html.parser
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -206,6 +207,15 @@ def test_report__videos_as_groups_are_said_loudly(tmp_path):
     assert "12 groups" in metrics["headline"] and "Patient identities were not given" in text
 
 
+def test_report__a_split_by_frame_counts_patients_where_they_are_known(tmp_path):
+    fake = FakeExperiment(tmp_path, group="frame", frames=24)
+    text, metrics = make(fake)
+    assert "12 patients" in metrics["headline"] and "12 groups" not in text and "Training patients" in text
+    video = next(iter(fake.labels))
+    unknown = replace(fake.splits, groups={**fake.groups, video: f"V{video}"})
+    assert fake.splits.unit == "patient" and unknown.unit == "group"
+
+
 def test_report__without_store_and_curves(tmp_path):
     text, _ = make(FakeExperiment(tmp_path))
     assert 'id="training"' not in text and "Fold by fold" in text
@@ -242,6 +252,7 @@ def test_headline__reads_as_specified():
         "headline_init": "pretrained",
         "pretrained": {"video": values},
         "group": "patient",
+        "unit": "patient",
         "patients": 24,
         "videos": 48,
         "folds": 3,
@@ -286,6 +297,7 @@ def test_cautions__no_error_is_no_proof(tmp_path):
     metrics = {
         "stamp": "optimistic (selected on test)",
         "group": "patient",
+        "unit": "patient",
         "patients": 24,
         "seeds": 1,
         "headline_init": "random",

@@ -124,6 +124,12 @@ class Splits:
         return self.group == "frame"
 
     @property
+    def unit(self) -> str:
+        """What the independent units are called: `patient`, or `group` where not every labelled video's patient is known."""
+        known = self.by_frame and all(self.groups[video].startswith("P") for video in self.labels)
+        return "patient" if known or self.group == "patient" else "group"
+
+    @property
     def stamp(self) -> str:
         """What has to stand beside every number because of how the data were divided, or ""."""
         return FRAME_LEVEL if self.by_frame else VIDEO_LEVEL if self.divided_patients else ""

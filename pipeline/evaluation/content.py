@@ -420,7 +420,7 @@ def chosen_words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items()) or "–"
 
 
-def training_table(items: Sequence[Any]) -> Table:
+def training_table(items: Sequence[Any], unit: str) -> Table:
     """How every fine-tuned model came about: chosen epoch, selection rule, pretraining scope, duration."""
     rows = []
     nested = any((item.card.model_extra or {}).get("nested") for item in items)
@@ -441,6 +441,7 @@ def training_table(items: Sequence[Any]) -> Table:
                 *([chosen_words(chosen)] if nested else []),
             ]
         )
-    columns = ["Model", "Method", "Starting weights", "Pretraining scope", "Training groups", "Epoch chosen by", "Epoch", "Seconds"]
+    trained = f"Training {unit}s"
+    columns = ["Model", "Method", "Starting weights", "Pretraining scope", trained, "Epoch chosen by", "Epoch", "Seconds"]
     columns += ["Recipe chosen"] if nested else []
-    return Table("Fine-tuned models", columns, rows, ["Training groups", "Epoch", "Seconds"])
+    return Table("Fine-tuned models", columns, rows, [trained, "Epoch", "Seconds"])

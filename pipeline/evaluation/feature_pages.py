@@ -61,7 +61,7 @@ def feature_section(
         return None
     init, folds = next(iter(results.folds.items()))
     numbers = results.numbers[init]
-    unit = "patient" if splits.group == "patient" else "group"
+    unit = splits.unit
     rows = _neighbor_rows(folds, splits, store, numbers["neighbors"]) if store is not None else []
     if rows:
         draw_neighbors(folder / "neighbors.png", rows, f"Test frames and their nearest training frames, {init} encoder", stamp)

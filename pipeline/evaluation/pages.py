@@ -59,7 +59,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
     """Write `output`/pictures/*.png and `output`/report.html."""
     items, tables, metrics, warnings = results.items, results.tables, results.metrics, results.warnings
     drawing = _Drawing(config, splits, metrics, output / "pictures")
-    first, unit = metrics["headline_init"], "patient" if splits.group == "patient" else "group"
+    first, unit = metrics["headline_init"], splits.unit
     frames = tables["frame"]
     judged = content.judged_videos(tables["video"][tables["video"]["init"] == first], splits.classes)
     wrong, right = content.choose_cases(judged, frames[frames["init"] == first], splits.classes, store)
@@ -90,7 +90,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
             "folds": content.fold_tables(metrics, drawing.inits, splits, unit),
             "patients": [content.patient_table(patients, judged, splits.classes, unit)],
             "data": content.data_tables(splits, store, unit, items),
-            "training": [content.training_table(items)],
+            "training": [content.training_table(items, unit)],
             "features": features.tables if features else [],
             "stages": _stage_table(results.stages),
         },

@@ -46,7 +46,7 @@ class Context:
     @property
     def unit(self) -> str:
         """What independent units are called: patient or group."""
-        return "patient" if self.splits.group == "patient" else "group"
+        return self.splits.unit
 
 
 @dataclass(frozen=True)

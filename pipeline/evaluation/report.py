@@ -181,7 +181,7 @@ def headline_sentence(metrics: Mapping[str, Any], confidence: float) -> str:
     """The one sentence a reader takes home, e.g. `Balanced accuracy per video 0.71 (95 % interval 0.60 to 0.81), 24
     patients, 48 videos, 3 folds`, followed by its stamps."""
     values = metrics[metrics["headline_init"]]["video"]
-    unit = "patient" if metrics["group"] == "patient" else "group"
+    unit = metrics["unit"]
     parts = [
         f"Balanced accuracy per video {interval_words(values, 'balanced_accuracy', confidence)}",
         plural(metrics["patients"], unit),
@@ -290,7 +290,7 @@ def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]
             "Not for diagnosis, and not a statement about other hospitals, scanners or patient groups: all patients "
             "come from one collection, and no external validation was made."
         )
-    unit = "patient" if metrics["group"] == "patient" else "group"
+    unit = metrics["unit"]
     count = metrics["patients"]
     if metrics[metrics["headline_init"]]["patient"]["accuracy"] == 1:
         bound = 1 - (1 - config.evaluate.confidence) ** (1 / count)

@@ -60,6 +60,7 @@ def summarise(
         "headline_init": first,
         "init_names": init_names(config),
         "group": splits.group,
+        "unit": splits.unit,
         "stamp": ", ".join(dict.fromkeys(sum(stamps.values(), []))),
         "patients": len(splits.groups_of(tested)),
         "videos": len(tested),
