@@ -161,27 +161,6 @@ def test_compare__repeats_and_folds_enter_the_resampled_t(tmp_path: Path) -> Non
     assert 0 < folds["p_value"] <= 1 and any("resampled t-test" in line for line in protocol(found))
 
 
-def test_compare__fold_test_counts_what_was_trained_on(tmp_path: Path) -> None:
-    """Without an inner part all of training counts; of two rows the smaller part."""
-    last = {"finetune": {"selection": "last"}}
-    names = [project(tmp_path / "one", 0.5, params=last), project(tmp_path / "two", 0.7, start=2, params=last)]
-    names.append(project(tmp_path / "half", 0.7, start=2, params={"split": {"inner_folds": 2}}))
-    found = compare(names, FAST)
-    assert [pair.folds["test_over_train"] for pair in found.pairs] == pytest.approx([0.5, 1.0])
-    assert found.pairs[1].folds["p_value"] > found.pairs[0].folds["p_value"]
-
-
-def test_compare__groups_of_videos_are_not_called_patients(tmp_path: Path) -> None:
-    names = [
-        project(tmp_path / name, right, edit=lambda t: t.assign(patient="V" + t["video"]), params={"data": {"group": "video"}})
-        for name, right in (("one", 0.5), ("two", 0.8))
-    ]
-    found = compare(names, FAST)
-    words = "\n".join([as_markdown(found, full=False), *protocol(found)])
-    assert found.who == "group" and "48 groups, 48 videos" in words and "fine-tuned without its group" in words
-    assert "patients" not in words.replace("where patients are unknown", "") and "its patient" not in words
-
-
 def test_compare__delong_and_mcnemar_stand_beside(tmp_path: Path) -> None:
     names = [project(tmp_path / "one", 0.6, noise=1), project(tmp_path / "two", 0.8, noise=2, start=3)]
     found = compare(names, Settings(metric="macro_auroc", replicates=200))

@@ -15,6 +15,8 @@ from pipeline.cli import main
 from pipeline.data.splits import FRAME_LEVEL, OPTIMISTIC, VIDEO_LEVEL
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation import predictions
+from pipeline.evaluation.compare import compare
+from pipeline.evaluation.compare_tables import as_markdown, protocol
 from pipeline.evaluation.content import data_tables
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import aggregate
@@ -93,6 +95,21 @@ def test_table__several_tests_are_corrected_and_two_methods_named_once(tmp_path:
     assert corrected == pytest.approx(holm(raw), abs=0.0021) and corrected != raw
     assert "corrected for the 2 tests of this table" in text
     assert "two differs from patient-inner in more than the protocol: pretrain.method." in text
+
+
+def test_compare__words_and_fold_test_follow_the_protocol(tmp_path: Path) -> None:
+    """Groups of videos are not called patients; what only chooses the epoch is not taken for training."""
+    found = {
+        group: compare([finished(tmp_path / f"{group}-{one}", group, one, "", 0.5 + place) for place, one in enumerate(("last", "best_on_test", "inner"))])
+        for group in ("patient", "video")
+    }
+    for group, who, count in (("patient", "patient", 12), ("video", "group", 24)):
+        words = "\n".join([as_markdown(found[group], full=False), *protocol(found[group])])
+        assert found[group].who == who and f"{count} {who}s, 24 videos, 3 folds" in words and f"fine-tuned without its {who}" in words
+        assert [pair.folds["trained"] for pair in found[group].pairs] == [1.0, pytest.approx(2 / 3)]
+        plain, inner = (pair.folds["test_over_train"] for pair in found[group].pairs)
+        assert inner == pytest.approx(1.5 * plain)
+    assert "patients" not in words.replace("where patients are unknown", "") and "its patient" not in words
 
 
 def test_table__nothing_there(tmp_path: Path) -> None:
