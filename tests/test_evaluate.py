@@ -143,6 +143,7 @@ def test_numbers__a_fixed_division_counts_those_it_tests(tmp_path):
     assert (metrics["patients"], metrics["videos"]) == (4, 8)
     assert "4 patients, 8 videos, 1 fold" in metrics["headline"]
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "mean ± SD" not in page and "All folds are pooled" not in page
     assert "A fixed division has one test part" in page and "Each fold tests other" not in page
     assert "one fixed division into training and test" in (tmp_path / "out/checklist.md").read_text(encoding="utf-8")
 

@@ -227,7 +227,7 @@ def phase_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
 
 
 def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits, unit: str) -> list[Table]:
-    """Balanced accuracy of every fold with its interval, and mean and standard deviation over folds."""
+    """Balanced accuracy of every fold with its interval, and, of several, mean and standard deviation."""
     columns = ["Fold", f"{unit.capitalize()}s", "Videos", *(init.capitalize() for init in inits)]
     rows: list[list[Any]] = []
     for fold in splits.folds:
@@ -237,9 +237,10 @@ def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits
             values = metrics[init]["folds"][str(fold.fold)]
             row.append(_with_interval(values, "balanced_accuracy"))
         rows.append(row)
-    means = [metrics[init]["fold_mean"] for init in inits]
-    spread = [f"{number(one['balanced_accuracy'])} ± {number(one['balanced_accuracy_sd'])}" for one in means]
-    rows.append([f"mean ± SD of {'all ' if splits.repeats > 1 else ''}folds", "", "", *spread])
+    if len(splits.folds) > 1:
+        means = [metrics[init]["fold_mean"] for init in inits]
+        spread = [f"{number(one['balanced_accuracy'])} ± {number(one['balanced_accuracy_sd'])}" for one in means]
+        rows.append([f"mean ± SD of {'all ' if splits.repeats > 1 else ''}folds", "", "", *spread])
     for word, count in (("seed", metrics["seeds"]), ("repeat", metrics["repeats"])):
         if count > 1:
             found = [number(metrics[init]["video"][f"balanced_accuracy_{word}_sd"]) for init in inits]

@@ -112,9 +112,13 @@ def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers
         "gives the bands; these are too narrow with few of them. Several seeds: the value is their mean, curves and bands pool them."
         + (f" No interval: {'; '.join(reasons)}." if reasons else "")
     )
+    pooled = (
+        "All folds are pooled; they are scored by different networks, which tends to lower the curve. " if len(context.splits.folds) > 1 else
+        "Seeds are pooled; they are different networks, which tends to lower the curve. " if context.metrics["seeds"] > 1 else ""
+    )
     band = (
-        f"Shaded: {percent(confidence)} bands over {unit}s, at each place by itself. All folds are pooled; they are scored by different networks, which "
-        f"tends to lower the curve. With a rare class look at the lower picture: a high AUROC can go with many false alarms."
+        f"Shaded: {percent(confidence)} bands over {unit}s, at each place by itself. {pooled}"
+        f"With a rare class look at the lower picture: a high AUROC can go with many false alarms."
     )
     table = Table("Each class against the rest, per video", columns, rows, columns[2:], note)
     return Section("curves", "How well are the classes ranked?", [HOW, band], pictures, [table], after="classes", layout="panels")
