@@ -198,6 +198,13 @@ def test_stamp__selected_on_test_is_on_every_number(fake):
     assert {place["stamp"] for place in places} == {"optimistic (selected on test)"}
     table = pd.read_csv(fake.root / "reports/evaluate/predictions_video.csv")
     assert set(table["stamp"]) == {"optimistic (selected on test)"}
+    output = fake.root / "reports/evaluate"
+    whole, short = (json.loads((output / name).read_text()) for name in ("details.json", "metrics.json"))
+    assert {whole[part]["stamp"] for part in ("curves", "calibration", "shortcuts", "checklist")} == {short["calibration"]["stamp"]} == set(table["stamp"])
+    # Files for `dvc plots` travel alone.
+    found = {path.name: pd.read_csv(path) for path in output.glob("*.csv")}
+    assert {"confusion.csv", "folds.csv", "roc.csv", "pr.csv", "calibration.csv", "calibration_all.csv", "decision_curve.csv"} <= set(found)
+    assert all(set(one["stamp"]) == set(table["stamp"]) for one in found.values())
 
 
 def test_stamp__transductive_touches_pretrained_only(fake):
@@ -232,7 +239,7 @@ def test_files__tables_for_dvc(fake):
     metrics = run(fake)
     output = fake.root / "reports/evaluate"
     confusion = pd.read_csv(output / "confusion.csv")
-    assert list(confusion.columns) == ["actual", "predicted"]
+    assert list(confusion.columns) == ["actual", "predicted", "stamp"]
     counts = pd.crosstab(confusion["actual"], confusion["predicted"]).to_numpy().tolist()
     assert counts == metrics["pretrained"]["video"]["confusion"]
     roc = pd.read_csv(output / "roc.csv")

@@ -212,24 +212,26 @@ def _threshold_numbers(context: Context, items: Sequence[Fitted], name: str) -> 
 
 def write_calibration(context: Context, judged: Mapping[str, Judged], wanted: Sequence[str]) -> None:
     """calibration.csv and decision_curve.csv hold one line each, for `dvc plots`; the files `_all` hold everything."""
+    stamps = {init: context.metrics[init]["stamp"] for init in judged}
     points = [
-        {"init": init, "state": state, "class": name or "(answer)", **row}
+        {"init": init, "state": state, "class": name or "(answer)", **row, "stamp": stamps[init]}
         for init, one in judged.items() for (state, name), rows in one.points.items() for row in rows
     ]
     curves = [
-        pd.DataFrame({"init": init, "class": name, "state": state, **curve})
+        pd.DataFrame({"init": init, "class": name, "state": state, **curve, "stamp": stamps[init]})
         for init, one in judged.items() for name, states in one.curves.items() for state, curve in states.items()
     ]
     _csv(context, "calibration_all.csv", pd.DataFrame(points))
     _csv(context, "decision_curve_all.csv", pd.concat(curves))
     first = judged[context.inits[0]]
     state = DONE if first.changed else RAW
-    _csv(context, "calibration.csv", pd.DataFrame(first.points[state, ""]))
+    _csv(context, "calibration.csv", pd.DataFrame(first.points[state, ""]).assign(stamp=stamps[context.inits[0]]))
     curve, raw = first.curves[wanted[0]][state], first.curves[wanted[0]][RAW]
     default = np.maximum(curve["treat_all"], curve["treat_none"])
     _csv(context, "decision_curve.csv", pd.DataFrame({
         "class": wanted[0], "threshold": curve["threshold"], "network": curve["net_benefit"], "as_predicted": raw["net_benefit"],
         "low": curve["low"], "high": curve["high"], "all_or_none": default,
+        "stamp": stamps[context.inits[0]],
     }))
 
 

@@ -19,13 +19,13 @@ from pipeline.tracking_context import slug
 
 __all__ = ["curves_part"]
 
-ROC_COLUMNS = ["init", "class", "fpr", "tpr", "tpr_low", "tpr_high"]
+ROC_COLUMNS = ["init", "class", "fpr", "tpr", "tpr_low", "tpr_high", "stamp"]
 HOW = (
     "Both curves ask how well the probabilities rank the videos, whatever threshold is chosen later. Upper picture (ROC): of the videos of the class, "
     "how many are found (sensitivity), against how many others are called by mistake; the diagonal is guessing. Lower picture: of the videos "
     "called, how many are right (precision), against how many are found (recall); the dotted line is the share of the class, which guessing reaches."
 )
-PR_COLUMNS = ["init", "class", "recall", "precision", "precision_low", "precision_high"]
+PR_COLUMNS = ["init", "class", "recall", "precision", "precision_low", "precision_high", "stamp"]
 
 
 def curves_part(context: Context) -> Part:
@@ -58,7 +58,7 @@ def _write(context: Context, found: Mapping[str, Mapping[str, Curve]]) -> None:
             ):
                 places = curve.points[:, x]
                 ends = [np.interp(places, GRID, end) for end in band] if band is not None else [np.full(len(places), np.nan)] * 2
-                values = [init, name, places, curve.points[:, y], *ends]
+                values = [init, name, places, curve.points[:, y], *ends, context.metrics[init]["stamp"]]
                 tables[file].append(pd.DataFrame(dict(zip(columns, values, strict=True))))
     for file, columns in (("roc.csv", ROC_COLUMNS), ("pr.csv", PR_COLUMNS)):
         table = pd.concat(tables[file], ignore_index=True) if tables[file] else pd.DataFrame(columns=columns)

@@ -86,10 +86,10 @@ def evaluate(
     metrics = summarise(config, splits, items, tables)
     whole = _recordings(store)
     features = feature_results(items, splits, initialisations(metrics), config.evaluate.neighbors, whole)
-    metrics["features"] = features.numbers
+    metrics["features"] = {init: {**one, "stamp": metrics[init]["stamp"]} for init, one in features.numbers.items()}
     phases = _phases(config, rows, splits, store, whole)
     if phases:
-        metrics["phases"] = phases
+        metrics["phases"] = {init: {**one, "stamp": metrics[init]["stamp"]} for init, one in phases.items()}
         warnings.append(
             "labels belong to frames: a video of these tables is a stretch of one label, and a patient is the whole video; the table of "
             "phases judges whole videos"
@@ -97,7 +97,7 @@ def evaluate(
     write_tables(output, metrics, splits.classes, tables)
     context = Context(config, splits, items, tables, metrics, store, output, initialisations(metrics), whole)
     parts = [found for part in PARTS if (found := part(context)) is not None]
-    metrics |= {part.key: part.numbers for part in parts}
+    metrics |= {part.key: {**part.numbers, "stamp": metrics["stamp"]} for part in parts}
     metrics["headline_parts"] = {name: value for part in parts for name, value in part.headline.items()}
     write_json(output / "metrics.json", compact(metrics, parts))
     write_json(output / "details.json", metrics)
@@ -189,18 +189,19 @@ def compact(metrics: Mapping[str, Any], parts: Sequence[Part] = ()) -> dict[str,
         }
     if "phases" in metrics:
         result["phases"] = {
-            init: {name: one[name] for name in ("convention", "f1", "f1_sd", "accuracy")} | {"pooled_macro_f1": one["pooled"]["macro_f1"]}
+            init: {name: one[name] for name in ("convention", "f1", "f1_sd", "accuracy")}
+            | {"pooled_macro_f1": one["pooled"]["macro_f1"], "stamp": one["stamp"] or "none"}
             for init, one in metrics["phases"].items()
         }
     result["majority"] = {"accuracy": metrics["majority"]["video"]["accuracy"]}
     result["features"] = {init: _compact_features(numbers) for init, numbers in metrics["features"].items()}
-    return result | {part.key: part.compact for part in parts if part.compact}
+    return result | {part.key: {**part.compact, "stamp": result["stamp"]} for part in parts if part.compact}
 
 
 def _compact_features(numbers: Mapping[str, Any]) -> dict[str, Any]:
     names = ("neighbors", "precision", "precision_chance", "same_patient", "same_patient_chance", "silhouette_label", "silhouette_patient")
     per_class = {name: values["precision"] for name, values in numbers["per_class"].items()}
-    return {name: numbers[name] for name in names} | {"class_precision": per_class}
+    return {name: numbers[name] for name in names} | {"class_precision": per_class, "stamp": numbers["stamp"] or "none"}
 
 
 def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -269,9 +270,10 @@ def write_tables(
         own = videos[videos["init"] == init]
         predicted = [classes[index] for index in own[columns].to_numpy().argmax(axis=1)]
         name = "confusion.csv" if init == inits[0] else f"confusion_{init}.csv"
-        _write_csv(output / name, pd.DataFrame({"actual": own["label"], "predicted": predicted}))
+        _write_csv(output / name, pd.DataFrame({"actual": own["label"], "predicted": predicted, "stamp": metrics[init]["stamp"]}))
     folds = [
-        {"init": init, "fold": int(fold), "repeat": int(fold) // metrics["folds"], **{key: values[key] for key in values if key.startswith(METRICS)}}
+        {"init": init, "fold": int(fold), "repeat": int(fold) // metrics["folds"], **{key: values[key] for key in values if key.startswith(METRICS)},
+         "stamp": metrics[init]["stamp"]}
         for init in inits
         for fold, values in metrics[init]["folds"].items()
     ]

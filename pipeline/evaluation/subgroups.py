@@ -226,12 +226,12 @@ def _warning(context: Context, column: str, level: str, one: Mapping[str, Any]) 
 
 def _write(context: Context, judged: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
     """subgroups.csv, one row a level."""
-    rows = []
+    rows, stamp = [], context.metrics[context.inits[0]]["stamp"]
     for column, level, one in judged:
         found = one.get("comparison") or {}
         shown = ("patients", "videos", *(f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")), "reason")
         compared = ("difference", "difference_low", "difference_high", "p", "p_holm")
-        rows.append({"column": column, "level": level, **{key: one.get(key) for key in shown}, **{key: found.get(key) for key in compared}})
+        rows.append({"column": column, "level": level, **{key: one.get(key) for key in shown}, **{key: found.get(key) for key in compared}, "stamp": stamp})
     atomic_write(context.output / "subgroups.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
