@@ -63,6 +63,11 @@ def test_report__says_what_the_encoder_started_from(fake, method, init, words):
     assert ("started from" in page or "nothing was pretrained" in page) is (words is not None)
     assert words is None or words in page
     assert ("learned on unlabelled video" in page) is (method == "ucl")
+    network, column = {("random", "imagenet"): ("network from ImageNet weights", "ImageNet weights − random"), ("random", "random"): (
+        "network from scratch", "From scratch − random")}.get((method, init), ("pretrained network", "Pretrained − random"))
+    assert f"Balanced accuracy per video, {network}" in page and column in page and ("Pretrained − random" in page) is (method == "ucl")
+    card = (fake.root / "reports/evaluate/model_card.md").read_text(encoding="utf-8")
+    assert f"| Per video | {column.split(' −')[0]} | random |".lower() in card.lower() and "pretrained by random" not in card
 
 
 # numbers

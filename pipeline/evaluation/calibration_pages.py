@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import BINS
 from pipeline.evaluation.calibration_plots import draw_decision_curves, draw_reliability
 from pipeline.evaluation.calibration_results import DONE, RATES, RAW, Fitted, Judged, judge, write_calibration
 from pipeline.evaluation.parts import Context, Part
-from pipeline.evaluation.report import Picture, Section, Table, number, percent, plural, signed
+from pipeline.evaluation.report import Picture, Section, Table, init_name, network_words, number, percent, plural, signed
 
 __all__ = ["calibration_part"]
 
@@ -152,7 +152,7 @@ def _change_words(context: Context, change: Mapping[str, float | None]) -> str:
 def _reliability_picture(context: Context, first: Judged) -> Picture:
     init = context.inits[0]
     path = context.output / "pictures/reliability.png"
-    panels = {f"{init.capitalize()}, {state}": rows for (state, name), rows in first.points.items() if not name}
+    panels = {f"{init_name(context.metrics, init, capital=True)}, {state}": rows for (state, name), rows in first.points.items() if not name}
     draw_reliability(path, panels, init, context.metrics[init]["stamp"])
     spoken = "; ".join(
         f"{title}: " + ", ".join(f"{number(row['probability'])} sure, {number(row['frequency'])} right" for row in rows) for title, rows in panels.items()
@@ -177,8 +177,8 @@ def _decision_picture(context: Context, first: Judged, wanted: Sequence[str]) ->
         spoken.append(f"{name}: " + (f"above both between thresholds {better[0]:.2f} and {better[-1]:.2f}" if len(better) else "nowhere above both"))
     left = f" The first {MAX_PANELS} of {len(wanted)} classes are drawn; decision_curve_all.csv has all." if len(wanted) > MAX_PANELS else ""
     return Picture(
-        path, f"Decision curves of the {init} network against calling everyone and calling no one. {'; '.join(spoken)}.",
-        f"{init.capitalize()} network, each class against the rest, out-of-fold videos; shaded: {percent(context.config.evaluate.confidence)} band over "
+        path, f"Decision curves of the {network_words(context.metrics, init)} against calling everyone and calling no one. {'; '.join(spoken)}.",
+        f"{network_words(context.metrics, init, capital=True)}, each class against the rest, out-of-fold videos; shaded: {percent(context.config.evaluate.confidence)} band over "
         f"{context.unit}s.{left}",
     )
 
@@ -193,11 +193,11 @@ def _state_table(context: Context, judged: Mapping[str, Judged]) -> Table:
     columns, cells = ["Per video"], []
     for init, one in judged.items():
         for key, state in (("before", RAW), ("after", DONE)) if one.changed else (("before", RAW),):
-            columns.append(f"{init.capitalize()}, {state}")
+            columns.append(f"{init_name(context.metrics, init, capital=True)}, {state}")
             cells.append(one.numbers[key])
     rows = [[words, *(_range(values, name) for values in cells)] for name, words in NAMES.items()]
     gains = [
-        f"{init}: log loss {_range(one.numbers['difference'], 'log_loss')}, Brier score {_range(one.numbers['difference'], 'brier')}"
+        f"{init_name(context.metrics, init)}: log loss {_range(one.numbers['difference'], 'log_loss')}, Brier score {_range(one.numbers['difference'], 'brier')}"
         for init, one in judged.items() if one.numbers["difference"]
     ]
     note = (
@@ -221,7 +221,7 @@ def _line_table(context: Context, first: Judged) -> Table:
         "the class is given too much probability on the whole (Van Calster 2019). A dash: the class is told apart without error, or seen too rarely, "
         "so that no line can be fitted."
     )
-    return Table(f"Slope and intercept, {context.inits[0]} network", columns, rows, columns[2:], note)
+    return Table(f"Slope and intercept, {network_words(context.metrics, context.inits[0])}", columns, rows, columns[2:], note)
 
 
 def _threshold_table(context: Context, judged: Mapping[str, Judged], wanted: Sequence[str]) -> Table:
@@ -232,9 +232,9 @@ def _threshold_table(context: Context, judged: Mapping[str, Judged], wanted: Seq
             values = one.numbers["thresholds"][name]
             found = sorted({number(value) for value in values["thresholds"] if value is not None})
             spread = "\u00a0to\u00a0".join(dict.fromkeys([found[0], found[-1]])) if found else "–"
-            rows.append([name, init, spread, *(_range(values, rate) for rate in RATES)])
+            rows.append([name, init_name(context.metrics, init), spread, *(_range(values, rate) for rate in RATES)])
             if values["reason"]:
-                reasons[f"{init.capitalize()}: {values['reason']}."] = None
+                reasons[f"{init_name(context.metrics, init, capital=True)}: {values['reason']}."] = None
         least.append(f"{name} {min(one.numbers['thresholds'][name]['least_positive_patients'] for one in judged.values())}")
     note = (
         f"A video is called a class when its probability reaches the threshold that the model's inner validation {context.unit}s gave "
@@ -256,7 +256,7 @@ def _item_table(context: Context, judged: Mapping[str, Judged]) -> Table:
         card, fit = one.item.card, one.calibrator
         offsets = [" ".join(number(value) for value in fit.bias) if fit.fitted else "–"] if platt else []
         rows.append([
-            card.init, card.seed, card.fold, fit.patients, fit.units, number(1 / fit.scale if fit.fitted else None), *offsets,
+            init_name(context.metrics, card.init), card.seed, card.fold, fit.patients, fit.units, number(1 / fit.scale if fit.fitted else None), *offsets,
             *(number(one.thresholds[name]) for name in classes), *([fit.reason] if remarks else []),
         ])
     note = (

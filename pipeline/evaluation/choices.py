@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.evaluation.content import chosen_words
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.predictions import Item
-from pipeline.evaluation.report import Section, Table, number, plural
+from pipeline.evaluation.report import Section, Table, init_name, number, plural
 
 __all__ = ["choices_part"]
 
@@ -34,24 +34,24 @@ def _numbers(items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def _warnings(init: str, one: Mapping[str, Any], epochs: int, unit: str) -> list[str]:
+def _warnings(called: str, one: Mapping[str, Any], epochs: int, unit: str) -> list[str]:
     """Where less than half of the models chose the same recipe, or their epochs lie more than half of the training apart."""
     lines, judged = [], f"{plural(one['patients_low'], unit)} a fold"
     if one["models"] > 1 and one["most_chosen_models"] * 2 < one["models"]:
         lines.append(
-            f"nested selection did not settle on one recipe ({init}): of {one['models']} networks only {one['most_chosen_models']} took the most "
+            f"nested selection did not settle on one recipe ({called}): of {one['models']} networks only {one['most_chosen_models']} took the most "
             f"frequent choice ({one['most_chosen']}). The numbers judge the procedure that chooses, not one recipe, and with {judged} to choose on "
             f"much of the choice is chance"
         )
     if (one["epochs_high"] - one["epochs_low"]) * 2 > epochs:
         lines.append(
-            f"the numbers of epochs that nested selection chose lie far apart ({init}): {one['epochs_low']} to {one['epochs_high']} of {epochs}. "
+            f"the numbers of epochs that nested selection chose lie far apart ({called}): {one['epochs_low']} to {one['epochs_high']} of {epochs}. "
             f"With {judged} to choose on much of that is chance; a smoother finetune.selection_metric (loss) or a lower learning rate may help"
         )
     return lines
 
 
-def _candidates(items: Sequence[Item], init: str) -> Table:
+def _candidates(items: Sequence[Item], called: str) -> Table:
     """Inner scores of every candidate at its best epoch, a column for each model, best mean first."""
     tables = [_nested(item)["candidates"] for item in items]
     metric = _metric(items)
@@ -68,7 +68,7 @@ def _candidates(items: Sequence[Item], init: str) -> Table:
     more = f" The first {MAX_ROWS} of {len(rows)}." if len(rows) > MAX_ROWS else ""
     note = f"{metric.replace('_', ' ')}, mean over inner folds at each candidate's best epoch; a dash: its training did not stay finite.{more}"
     columns = ["Recipe", "Mean", "Times chosen", *names]
-    return Table(f"Candidates, {init}", columns, [cells for _, cells in rows[:MAX_ROWS]], columns[1:], note)
+    return Table(f"Candidates, {called}", columns, [cells for _, cells in rows[:MAX_ROWS]], columns[1:], note)
 
 
 def _metric(items: Sequence[Item]) -> str:
@@ -83,7 +83,7 @@ def choices_part(context: Context) -> Part | None:
         return None
     numbers = {init: _numbers(own) for init, own in items.items()}
     epochs = context.config.finetune.epochs
-    warnings = [line for init, one in numbers.items() for line in _warnings(init, one, epochs, context.unit)]
+    warnings = [line for init, one in numbers.items() for line in _warnings(init_name(context.metrics, init), one, epochs, context.unit)]
     count = numbers[next(iter(numbers))]["candidates"]
     recipes = f"each of {plural(count, 'candidate recipe')}" if count > 1 else "the recipe"
     words = [
@@ -98,7 +98,7 @@ def choices_part(context: Context) -> Part | None:
         for own in items.values() for item in own
     ]
     tables = [Table("Choices", columns, rows, columns[2:])]
-    tables += [_candidates(own, init) for init, own in items.items() if count > 1]
+    tables += [_candidates(own, init_name(context.metrics, init)) for init, own in items.items() if count > 1]
     section = Section(
         KEY, "How the recipe was chosen", words, tables=tables, warning=" ".join(f"{line[0].upper()}{line[1:]}." for line in warnings),
         after="training", folded=True,

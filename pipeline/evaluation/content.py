@@ -17,7 +17,7 @@ import pandas as pd
 from pipeline.data.splits import Fold, Splits
 from pipeline.data.store import FrameStore
 from pipeline.evaluation.predictions import probability_columns
-from pipeline.evaluation.report import METRIC_NAMES, Table, number, p_words, signed
+from pipeline.evaluation.report import METRIC_NAMES, Table, init_name, number, p_words, signed
 
 __all__ = [
     "CURVE_NAMES",
@@ -141,9 +141,9 @@ def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str], unit: str
             elif difference:
                 row += ["–", "–"]
             rows.append(row)
-        columns = ["Metric", *(init.capitalize() for init in inits), "Majority class"]
+        columns = ["Metric", *(init_name(metrics, init, capital=True) for init in inits), "Majority class"]
         if metrics.get("difference", {}).get(level):
-            columns += ["Pretrained − random", "p"]
+            columns += [f"{init_name(metrics, 'pretrained', capital=True)} − random", "p"]
         tables.append(
             Table(f"Per {unit if level == 'patient' else level}", columns, rows, columns[1:], _stamp_note(metrics))
         )
@@ -188,7 +188,7 @@ def class_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
         note = " ".join(
             text for text in (f"Undefined: {reasons}." if reasons else "", _stamp_note(metrics[init])) if text
         )
-        tables.append(Table(f"Per class and video, {init}", columns, rows, columns[1:], note))
+        tables.append(Table(f"Per class and video, {init_name(metrics, init)}", columns, rows, columns[1:], note))
     return tables
 
 
@@ -212,7 +212,7 @@ def phase_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
         [f"{name}, frames pooled", *(number(found[init]["pooled"][key]) for init in inits)]
         for key, name in (("macro_f1", "Macro F1"), ("weighted_f1", "Weighted F1"), ("accuracy", "Accuracy"))
     ]
-    columns = ["Metric", *(init.capitalize() for init in inits)]
+    columns = ["Metric", *(init_name(metrics, init, capital=True) for init in inits)]
     judged = f"{first['frames']:g} of {first['frames_stored']:g} stored frames"
     note = f"{first['videos']:g} whole videos; phases counted: {first['convention']}; {judged}."
     if first["frames"] < first["frames_stored"]:
@@ -228,7 +228,7 @@ def phase_tables(metrics: Mapping[str, Any], inits: Sequence[str], classes: Sequ
 
 def fold_tables(metrics: Mapping[str, Any], inits: Sequence[str], splits: Splits, unit: str) -> list[Table]:
     """Balanced accuracy of every fold with its interval, and, of several, mean and standard deviation."""
-    columns = ["Fold", f"{unit.capitalize()}s", "Videos", *(init.capitalize() for init in inits)]
+    columns = ["Fold", f"{unit.capitalize()}s", "Videos", *(init_name(metrics, init, capital=True) for init in inits)]
     rows: list[list[Any]] = []
     for fold in splits.folds:
         groups = {splits.groups[video] for video in fold.test}

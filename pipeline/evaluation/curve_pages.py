@@ -12,7 +12,7 @@ from pipeline.evaluation import plots
 from pipeline.evaluation.curves import GRID, Curve, class_curve
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.parts import Context, Part
-from pipeline.evaluation.report import Picture, Section, Table, number, percent
+from pipeline.evaluation.report import Picture, Section, Table, init_name, number, percent
 from pipeline.evaluation.statistics import Interval, patient_intervals
 from pipeline.files import atomic_write
 from pipeline.tracking_context import slug
@@ -90,6 +90,7 @@ def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers
     confidence, unit, inits = context.config.evaluate.confidence, context.unit, list(found)
     videos = context.tables["video"]
     patients = videos.drop_duplicates(["patient", "label"])["label"].value_counts()
+    called = {init: init_name(context.metrics, init) for init in inits}
     pictures = []
     for place, name in enumerate(context.splits.classes):
         curves = {init: found[init][name] for init in inits if name in found[init]}
@@ -97,11 +98,11 @@ def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers
             continue
         areas = {init: tuple(_words(numbers[init][name], key) for key in ("auroc", "average_precision")) for init in curves}
         path = context.output / "pictures" / f"curves_{place + 1}_{slug(name)[:40]}.png"
-        plots.draw_class_curves(path, GRID, curves, areas, name, context.metrics["stamp"])
-        spoken = "; ".join(f"{init}: AUROC {both[0]}, average precision {both[1]}" for init, both in areas.items())
+        plots.draw_class_curves(path, GRID, curves, areas, name, context.metrics["stamp"], called)
+        spoken = "; ".join(f"{called[init]}: AUROC {both[0]}, average precision {both[1]}" for init, both in areas.items())
         pictures.append(Picture(path, f"ROC curve and precision-recall curve of {name} against the rest. {spoken}.", ""))
     rows = [
-        [name if place == 0 else "", init, f"{numbers[init][name]['videos']:g}", int(patients.get(name, 0)), number(numbers[init][name]["prevalence"]),
+        [name if place == 0 else "", called[init], f"{numbers[init][name]['videos']:g}", int(patients.get(name, 0)), number(numbers[init][name]["prevalence"]),
          *(_words(numbers[init][name], key) for key in ("auroc", "average_precision"))]
         for name in context.splits.classes for place, init in enumerate(inits)
     ]

@@ -23,7 +23,7 @@ from pipeline.data.transforms import evaluation_view, render, resize_frame
 from pipeline.evaluation import content
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.predictions import Item
-from pipeline.evaluation.report import Picture, Section, number, percent, plural
+from pipeline.evaluation.report import Picture, Section, network_words, number, percent, plural
 from pipeline.export.facts import LIBRARY_HEADS
 from pipeline.files import atomic_write
 
@@ -228,13 +228,13 @@ def _section(context: Context, cases: Sequence[_Case], found: Mapping[str, Any],
         alt = f"Frame {case.frame} of video {row['video']}, class {row['label']}, judged {word}ly as {row['predicted']}, and the same frame under its heat map."
         pictures.append(Picture(path, alt + outside, said + outside))
     return Section(
-        "look", TITLE, _words(found, card, context.unit), pictures, warning=_warning(found), after="errors", layout="pair",
+        "look", TITLE, _words(found, card, context.unit, network_words(context.metrics, found["init"])), pictures, warning=_warning(found), after="errors", layout="pair",
         note="Left the frame as the network received it, right the same frame with its map, bright where the heat is; the line is the edge of the "
         "scan area. Chosen by certainty: the most certain errors, then the most certain right answers of each class.",
     )
 
 
-def _words(found: Mapping[str, Any], card: Mapping[str, Any], unit: str) -> list[str]:
+def _words(found: Mapping[str, Any], card: Mapping[str, Any], unit: str, network: str) -> list[str]:
     cells = f"{found['cells']} × {found['cells']} cells"
     if found["kind"] == "attention":
         rule = f"Attention rollout: how much each patch ({cells}) reaches the class token through all blocks. It is the same for every class: what was " \
@@ -246,7 +246,7 @@ def _words(found: Mapping[str, Any], card: Mapping[str, Any], unit: str) -> list
     if card.get("pooling") == "attention":
         rule += " The network joins the frames of a video by learnt weights; these maps are of single frames."
     lines = [
-        f"{rule} Every frame was explained by the {found['init']} network of its own fold"
+        f"{rule} Every frame was explained by the {network} of its own fold"
         + ("." if "-level split" in (card.get("stamp") or "") else f", which had never seen that {unit}."),
         WEAK,
     ]

@@ -14,7 +14,7 @@ from pipeline.data.store import FrameStore
 from pipeline.evaluation.feature_plots import draw_map, draw_neighbors
 from pipeline.evaluation.neighbors import FoldFeatures, feature_numbers, nearest, read_features, two_dimensions
 from pipeline.evaluation.predictions import Item
-from pipeline.evaluation.report import FeatureSection, Picture, Table, number, percent
+from pipeline.evaluation.report import FeatureSection, Picture, Table, init_name, network_words, number, percent
 
 __all__ = ["FeatureResults", "feature_results", "feature_section"]
 
@@ -54,31 +54,31 @@ def feature_results(
 
 
 def feature_section(
-    results: FeatureResults, splits: Splits, store: FrameStore | None, folder: Path, stamp: str
+    results: FeatureResults, splits: Splits, store: FrameStore | None, folder: Path, metrics: Mapping[str, Any]
 ) -> FeatureSection | None:
     """Draw maps and neighbours of the first initialisation into `folder`; None where there are no features."""
     if not results.folds:
         return None
     init, folds = next(iter(results.folds.items()))
-    numbers = results.numbers[init]
+    numbers, stamp, encoder = results.numbers[init], metrics["stamp"], network_words(metrics, init, "encoder")
     unit = splits.unit
     rows = _neighbor_rows(folds, splits, store, numbers["neighbors"]) if store is not None else []
     if rows:
-        draw_neighbors(folder / "neighbors.png", rows, f"Test frames and their nearest training frames, {init} encoder", stamp)
+        draw_neighbors(folder / "neighbors.png", rows, f"Test frames and their nearest training frames, {encoder}", stamp)
     return FeatureSection(
-        init=init, words=_sentence(numbers, init, unit) + _untrained(results.numbers, unit), warning=_warning(numbers, unit), rows=rows,
-        maps=[_map(one, splits, folder, init, stamp) for one in folds[:MAX_MAPS]],
-        tables=[_table(results, unit), _class_table(results, splits)],
+        init=init, words=_sentence(numbers, encoder, unit) + _untrained(results.numbers, unit), warning=_warning(numbers, unit), rows=rows,
+        maps=[_map(one, splits, folder, encoder, stamp) for one in folds[:MAX_MAPS]],
+        tables=[_table(results, unit, metrics), _class_table(results, splits, metrics)],
     )
 
 
-def _map(one: FoldFeatures, splits: Splits, folder: Path, init: str, stamp: str) -> Picture:
+def _map(one: FoldFeatures, splits: Splits, folder: Path, encoder: str, stamp: str) -> Picture:
     kept = _thinned(one.is_test)
     videos = [one.videos[row] for row in kept]
     labels, groups = [splits.labels[video] for video in videos], [splits.groups[video] for video in videos]
     path = folder / f"map_fold{one.fold}.png"
     places = two_dimensions(one.by_video()[kept])
-    draw_map(path, places, labels, groups, one.is_test[kept], f"Fold {one.fold}: videos under its {init} encoder", stamp)
+    draw_map(path, places, labels, groups, one.is_test[kept], f"Fold {one.fold}: videos under its {encoder}", stamp)
     tested = int(one.is_test[kept].sum())
     alt = (
         f"Map of {tested} test and {len(kept) - tested} training videos of fold {one.fold} by similarity, drawn twice: coloured by "
@@ -132,7 +132,7 @@ def _one_row(one: FoldFeatures, video: int, splits: Splits, store: FrameStore, k
     return {"query": {**shown(query), "fold": one.fold}, "neighbors": neighbors}
 
 
-def _sentence(numbers: Mapping[str, Any], init: str, unit: str) -> str:
+def _sentence(numbers: Mapping[str, Any], encoder: str, unit: str) -> str:
     """The numbers of the first initialisation in words."""
     parts = []
     if numbers["same_patient"] is not None:
@@ -147,7 +147,7 @@ def _sentence(numbers: Mapping[str, Any], init: str, unit: str) -> str:
             f"of the {numbers['neighbors']} nearest training frames of a test frame, all of other {unit}s, "
             f"{percent(numbers['precision'])} show its class ({percent(numbers['precision_chance'])} by chance)"
         )
-    return f"Under the {init} encoder " + ", and ".join(parts) + "."
+    return f"Under the {encoder} " + ", and ".join(parts) + "."
 
 
 def _untrained(numbers: Mapping[str, Mapping[str, Any]], unit: str) -> str:
@@ -168,7 +168,7 @@ def _warning(numbers: Mapping[str, Any], unit: str) -> str:
     )
 
 
-def _table(results: FeatureResults, unit: str) -> Table:
+def _table(results: FeatureResults, unit: str, metrics: Mapping[str, Any]) -> Table:
     inits = list(results.numbers)
     first = results.numbers[inits[0]]
     k = first["neighbors"]
@@ -181,7 +181,7 @@ def _table(results: FeatureResults, unit: str) -> Table:
     rows = [
         [text, *(number(results.numbers[init][key]) for init in inits), number(first.get(f"{key}_chance", 0.0))] for text, key in lines
     ]
-    columns = ["Test videos of all folds", *(init.capitalize() for init in inits), "Chance"]
+    columns = ["Test videos of all folds", *(init_name(metrics, init, capital=True) for init in inits), "Chance"]
     note = (
         f"Before fine-tuning; neighbours by cosine. Silhouette: 1 where groups lie tight and apart, 0 where they mix. High values by "
         f"{unit} and low ones by class are the warning sign; the untrained network shows how much of either is in the pictures themselves. "
@@ -190,7 +190,7 @@ def _table(results: FeatureResults, unit: str) -> Table:
     return Table("Does the encoder see classes or identities?", columns, rows, columns[1:], note)
 
 
-def _class_table(results: FeatureResults, splits: Splits) -> Table:
+def _class_table(results: FeatureResults, splits: Splits, metrics: Mapping[str, Any]) -> Table:
     inits = list(results.numbers)
     classes = {init: results.numbers[init]["per_class"] for init in inits}
     rows = [
@@ -198,5 +198,5 @@ def _class_table(results: FeatureResults, splits: Splits) -> Table:
          number(classes[inits[0]][name]["precision_chance"])]
         for name in splits.classes
     ]
-    columns = ["Class", "Test frames", *(init.capitalize() for init in inits), "Chance"]
+    columns = ["Class", "Test frames", *(init_name(metrics, init, capital=True) for init in inits), "Chance"]
     return Table(f"Precision@{results.numbers[inits[0]]['neighbors']} by class", columns, rows, columns[1:])

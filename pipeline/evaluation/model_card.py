@@ -15,7 +15,9 @@ from pipeline.evaluation.report import (
     METRIC_NAMES,
     cautions,
     environment,
+    init_name,
     interval_words,
+    network_words,
     percent,
     plural,
 )
@@ -55,7 +57,9 @@ def run_facts(context: Context) -> dict[str, str]:
     failing = metrics[first]["video"]
     wrong = sum(map(sum, failing["confusion"])) - sum(failing["confusion"][place][place] for place in range(len(splits.classes)))
     start = pretrain.init if pretrain.init in ("random", "imagenet") else "a weights file"
-    pretrained = pretraining_name(pretrain.method, pretrain.init)
+    trained = pretrain.method != "random"
+    begun = f"pretraining from {start}" if trained else f"no pretraining, weights as they are: {start}"
+    made = f"pretrained by {pretraining_name(pretrain.method, pretrain.init)}" if trained else "from scratch" if start == "random" else f"from {start} weights"
     return {
         "title": config.evaluate.title, "unit": unit, "classes": ", ".join(splits.classes), "headline": metrics["headline"],
         "patients": str(metrics["patients"]), "videos": str(metrics["videos"]), "manifest": splits.manifest_digest[:12],
@@ -67,10 +71,11 @@ def run_facts(context: Context) -> dict[str, str]:
         "input": f"frames of {pretrain.image_size} × {pretrain.image_size} pixels",
         "protocol": f"{_division(context)}, {_sides(context)}, split seed {splits.seed}",
         "disjoint": _sides(context),
-        "model": f"{pretrain.backbone} pretrained by {pretrained}, fine-tuned ({tuned.trainable}, head {tuned.head})",
+        "model": f"{pretrain.backbone} {made}, fine-tuned ({tuned.trainable}, head {tuned.head})",
         "selection": _SELECTION[tuned.selection].format(unit=unit),
-        "initial": f"pretraining from {start}; compared: {', '.join(context.inits)}",
-        "training": f"pretraining {pretrain.epochs} epochs ({pretrain.optimizer.name}), scope {pretrain.scope}; fine-tuning {tuned.epochs} epochs "
+        "initial": f"{begun}; compared: {', '.join(init_name(metrics, init) for init in context.inits)}",
+        "training": (f"pretraining {pretrain.epochs} epochs ({pretrain.optimizer.name}), scope {pretrain.scope}" if trained else "no pretraining")
+        + f"; fine-tuning {tuned.epochs} epochs "
         f"({tuned.optimizer.name}), seeds {', '.join(map(str, tuned.seeds))}",
         "subgroups": ", ".join(config.evaluate.subgroups) or "none asked for (evaluate.subgroups)",
         "measures": ", ".join(METRIC_NAMES.values()) + ", precision-recall, calibration, decision curve",
@@ -94,7 +99,7 @@ def run_facts(context: Context) -> dict[str, str]:
         "explained": f"maps of up to {shown} cases, with measures of what they are worth" if shown else "none in this run",
         "flow": f"{metrics['patients']} {unit}s with {metrics['videos']} labelled videos tested, {metrics['frames']} frames judged; "
         "files set aside are counted there",
-        "failures": f"{wrong:.3g} of {metrics['videos']} videos judged wrongly by the {first} network, the most certain shown with frames",
+        "failures": f"{wrong:.3g} of {metrics['videos']} videos judged wrongly by the {network_words(metrics, first)}, the most certain shown with frames",
     }
 
 
@@ -130,6 +135,7 @@ def model_card(context: Context, facts: Mapping[str, str]) -> str:
         [name, *(f"{values['per_class'][name]['recall']:.2f}" if values["per_class"][name]["recall"] is not None else "–" for values in
                  (metrics[init]["video"] for init in context.inits))] for name in context.splits.classes
     ]
+    called = [init_name(metrics, init) for init in context.inits]
     yours = "*To be filled by you.*"
     topics = {
         "Model details": [
@@ -145,8 +151,8 @@ def model_card(context: Context, facts: Mapping[str, str]) -> str:
             f"The training {facts['unit']}s of each fold of the same data; {facts['training']}; {facts['missing']}.", "", f"Origin, consent: {yours}",
         ],
         "Quantitative analyses": [
-            facts["headline"] + ".", "", *markdown_table(["Per video", *context.inits], rows), "",
-            *markdown_table(["Share of the class recognised", *context.inits], classes), "", "Intervals, calibration and sub-groups: report.html.",
+            facts["headline"] + ".", "", *markdown_table(["Per video", *called], rows), "",
+            *markdown_table(["Share of the class recognised", *called], classes), "", "Intervals, calibration and sub-groups: report.html.",
         ],
         "Ethical considerations": [f"{facts['privacy'][0].upper()}{facts['privacy'][1:]}. Approval, consent, risks: {yours}"],
         "Caveats and recommendations": [f"- {line}" for line in cautions(context.config, metrics, context.splits.warnings)],

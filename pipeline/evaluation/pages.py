@@ -27,6 +27,8 @@ from pipeline.evaluation.report import (
     Section,
     Table,
     cautions,
+    init_name,
+    network_words,
     number,
     percent,
     stamp_words,
@@ -65,7 +67,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
     wrong, right = content.choose_cases(judged, frames[frames["init"] == first], splits.classes, store)
     patients = tables["patient"][tables["patient"]["init"] == first]
     drawing.gallery(wrong, right)
-    features = feature_section(results.features, splits, store, output / "pictures", metrics["stamp"])
+    features = feature_section(results.features, splits, store, output / "pictures", metrics)
     page = ReportContent(
         title=config.evaluate.title,
         metrics=metrics,
@@ -140,6 +142,10 @@ class _Drawing:
         self.confidence = config.evaluate.confidence
         first = metrics["headline_init"]
         self.inits = [first, *(name for name in ("pretrained", "random") if name in metrics and name != first)]
+        self._names = {init: self._name(init) for init in self.inits}
+
+    def _name(self, init: str) -> str:
+        return init_name(self.metrics, init)
 
     def comparison(self) -> Picture:
         """Dots with intervals of all initialisations at video level, and the majority class."""
@@ -152,9 +158,9 @@ class _Drawing:
             rows.append({"init": "majority", "metric": name, **_bounds({name: majority}, name)})
         path = self.folder / "comparison.png"
         plots.draw_comparison(
-            path, pd.DataFrame(rows), METRIC_NAMES, self.metrics["chance"], self.confidence, self.stamp
+            path, pd.DataFrame(rows), METRIC_NAMES, self.metrics["chance"], self.confidence, self.stamp, self._names
         )
-        spoken = "; ".join(f"{init}: {number(self.metrics[init]['video']['balanced_accuracy'])}" for init in self.inits)
+        spoken = "; ".join(f"{self._name(init)}: {number(self.metrics[init]['video']['balanced_accuracy'])}" for init in self.inits)
         return Picture(
             path,
             f"Dots with intervals for four metrics per video. Balanced accuracy {spoken}.",
@@ -173,7 +179,7 @@ class _Drawing:
                 path,
                 np.asarray(values["confusion"]),
                 self.splits.classes,
-                f"Videos, {init}",
+                f"Videos, {self._name(init)}",
                 self.metrics[init]["stamp"],
             )
             spoken = "; ".join(
@@ -183,8 +189,8 @@ class _Drawing:
             pictures.append(
                 Picture(
                     path,
-                    f"Confusion matrix of the {init} network. {spoken}.",
-                    f"{init.capitalize()}: number of videos{mean}, and percent of the true class.",
+                    f"Confusion matrix of the {network_words(self.metrics, init)}. {spoken}.",
+                    f"{init_name(self.metrics, init, capital=True)}: number of videos{mean}, and percent of the true class.",
                 )
             )
         return pictures
@@ -200,9 +206,9 @@ class _Drawing:
         pooled = [{"init": init, **_bounds(self.metrics[init]["video"], name)} for init in self.inits]
         path = self.folder / "folds.png"
         plots.draw_folds(
-            path, pd.DataFrame(rows), pd.DataFrame(pooled), name, self.metrics["chance"], self.confidence, self.stamp
+            path, pd.DataFrame(rows), pd.DataFrame(pooled), name, self.metrics["chance"], self.confidence, self.stamp, self._names
         )
-        spoken = "; ".join(f"{row['init']} fold {row['fold']}: {number(row['value'])}" for row in rows)
+        spoken = "; ".join(f"{self._name(row['init'])} fold {row['fold']}: {number(row['value'])}" for row in rows)
         return Picture(
             path,
             f"Balanced accuracy per fold. {spoken}.",
@@ -236,7 +242,7 @@ class _Drawing:
             title = content.CURVE_NAMES.get(column, plots.readable(column).capitalize())
             path = self.folder / f"{stage}_{slug(column)}.png"
             chance = "chance_loss" if column == "loss" else None
-            plots.draw_curve(path, curves, column, title, groups, chance, self.stamp)
+            plots.draw_curve(path, curves, column, title, groups, chance, self.stamp, self._names)
             ends = [table[column].dropna() for table in curves.values() if column in table.columns]
             alt = (
                 f"{title} during {stage}, {len(ends)} runs, from about {ends[0].iloc[0]:.3g} to {ends[0].iloc[-1]:.3g}."

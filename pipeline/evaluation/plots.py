@@ -161,14 +161,19 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
                 )
 
 
+def _called(init: str, called: Mapping[str, str] | None) -> str:
+    return (called or {}).get(init, init)
+
+
 def draw_class_curves(
-    path: Path, grid: np.ndarray, curves: Mapping[str, Any], areas: Mapping[str, tuple[str, str]], name: str, stamp: str = ""
+    path: Path, grid: np.ndarray, curves: Mapping[str, Any], areas: Mapping[str, tuple[str, str]], name: str, stamp: str = "",
+    called: Mapping[str, str] | None = None,
 ) -> None:
     """One class against the rest: ROC above, precision and recall below, a line and a band an initialisation.
 
     Args:
         grid: places of the bands. curves: `pipeline.evaluation.curves.Curve` by initialisation. areas: (AUROC, average precision) as
-            shown, by initialisation.
+            shown, by initialisation. called: shown names of initialisations, here and below.
     """
     with card(path, stamp, figsize=(3.5, 7.4 + 0.3 * len(curves))) as figure:
         figure.suptitle(plain_text(name, 34), x=0.01, ha="left", fontweight="bold", fontsize=11)
@@ -183,7 +188,7 @@ def draw_class_curves(
                 if band is not None:
                     axes.fill_between(grid, *band, color=style["color"], alpha=0.16, linewidth=0)
                 steps = {} if axes is upper else {"drawstyle": "steps-pre"}
-                axes.plot(curve.points[:, x], curve.points[:, y], **style, **steps, label=f"{init}: {area}")
+                axes.plot(curve.points[:, x], curve.points[:, y], **style, **steps, label=f"{_called(init, called)}: {area}")
         upper.set(xlabel="1 − specificity", ylabel="Sensitivity")
         lower.set(xlabel="Recall (sensitivity)", ylabel="Precision")
         for axes, word in ((upper, "AUROC"), (lower, "average precision")):
@@ -211,6 +216,7 @@ def draw_folds(
     chance: float,
     confidence: float,
     stamp: str = "",
+    called: Mapping[str, str] | None = None,
 ) -> None:
     """A dot a fold with its interval, and the pooled value at the right.
 
@@ -229,7 +235,7 @@ def draw_folds(
             for row in folds[folds["init"] == init].to_dict("records"):
                 _interval(axes, numbers.index(row["fold"]) + shift, row, init)
             row = pooled[pooled["init"] == init].iloc[0].to_dict()
-            _interval(axes, len(numbers) + 0.3 + shift, row, init, label=init, size=9)
+            _interval(axes, len(numbers) + 0.3 + shift, row, init, label=_called(init, called), size=9)
         axes.axvline(len(numbers) - 0.35, color=RULE, linewidth=1)
         axes.set_xticks([*range(len(numbers)), len(numbers) + 0.3], [*(f"fold {fold}" for fold in numbers), "all"])
         axes.set(ylim=(-0.03, 1.03), ylabel=readable(metric).capitalize(), xlim=(-0.5, len(numbers) + 0.8))
@@ -239,7 +245,8 @@ def draw_folds(
 
 
 def draw_comparison(
-    path: Path, rows: pd.DataFrame, names: Mapping[str, str], chance: float, confidence: float, stamp: str = ""
+    path: Path, rows: pd.DataFrame, names: Mapping[str, str], chance: float, confidence: float, stamp: str = "",
+    called: Mapping[str, str] | None = None,
 ) -> None:
     """Initialisations side by side, one line a metric.
 
@@ -258,7 +265,7 @@ def draw_comparison(
             color = INIT_COLORS.get(init, INK)
             for row in rows[rows["init"] == init].to_dict("records"):
                 y = metrics.index(row["metric"]) + shift
-                label = init if row["metric"] == metrics[0] else None
+                label = _called(init, called) if row["metric"] == metrics[0] else None
                 if np.isfinite(row["low"]) and np.isfinite(row["high"]):
                     axes.plot(
                         [row["low"], row["high"]],
@@ -304,6 +311,7 @@ def draw_curve(
     groups: Mapping[str, str] | None = None,
     chance: str | None = None,
     stamp: str = "",
+    called: Mapping[str, str] | None = None,
 ) -> None:
     """One quantity over training, one line a run.
 
@@ -330,7 +338,7 @@ def draw_curve(
                 linestyle=line,
                 linewidth=1.5,
                 alpha=0.85,
-                label=None if group in labelled else plain_text(group),
+                label=None if group in labelled else plain_text(_called(group, called)),
                 marker="." if len(part) < 30 else None,
             )
             labelled.add(group)

@@ -33,7 +33,10 @@ __all__ = [
     "Table",
     "cautions",
     "headline_sentence",
+    "init_name",
+    "init_names",
     "interval_words",
+    "network_words",
     "page_environment",
     "stamp_words",
     "verdict",
@@ -170,6 +173,29 @@ def plural(count: int, noun: str) -> str:
     """`1 patient`, `24 patients`, `2 classes`."""
     ending = "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{'' if count == 1 else ending}".replace(",", "\u202f")
+
+
+def init_names(config: Config) -> dict[str, str]:
+    """What the initialisations are called where people read them; in files they keep their keys.
+
+    Without pretraining here (pretrain.method: random), `pretrained` stands for a network that starts from scratch or from weights of others.
+    """
+    start = {"random": "from scratch", "imagenet": "ImageNet weights"}.get(config.pretrain.init, "given weights")
+    shown = start if config.pretrain.method == "random" else "pretrained"
+    return {name: shown if name == "pretrained" else name for name in config.finetune.initialisations}
+
+
+def init_name(metrics: Mapping[str, Any], init: str, *, capital: bool = False) -> str:
+    """The shown name of an initialisation, from `init_names` in details.json; the key itself where a file has none."""
+    name = metrics.get("init_names", {}).get(init, init)
+    return name[:1].upper() + name[1:] if capital else name
+
+
+def network_words(metrics: Mapping[str, Any], init: str, noun: str = "network", *, capital: bool = False) -> str:
+    """`pretrained network`, `network from scratch` or `network from ImageNet weights`."""
+    name = init_name(metrics, init)
+    words = f"{noun} {name}" if name.startswith("from ") else f"{noun} from {name}" if name.endswith(" weights") else f"{name} {noun}"
+    return words[:1].upper() + words[1:] if capital else words
 
 
 def fold_words(metrics: Mapping[str, Any]) -> str:
@@ -351,7 +377,7 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
     )
     jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri, shown=shown_size)
-    jinja.globals.update(plural=plural, fold_words=fold_words, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
+    jinja.globals.update(plural=plural, fold_words=fold_words, init_name=init_name, network_words=network_words, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
     return jinja
 
 

@@ -27,6 +27,7 @@ from pipeline.evaluation.report import (
     Picture,
     Section,
     Table,
+    init_name,
     interval_words,
     number,
     percent,
@@ -276,7 +277,7 @@ def _table(context: Context, found: Mapping[str, Mapping[str, Any]]) -> Table:
         low, high = one["network_lead_low"], one["network_lead_high"]
         span = "" if low is None else f" ({signed(low)} to {signed(high)})"
         rows.append([NAMES[name].capitalize(), *cells(one), signed(one["network_lead"]) + span, ", ".join(one["used_most"]) or "–"])
-    rows.append([f"Network ({first})", *cells(context.metrics[first]["video"]), "–", "–"])
+    rows.append([f"Network ({init_name(context.metrics, first)})", *cells(context.metrics[first]["video"]), "–", "–"])
     patients = plural(context.metrics["patients"], context.unit)
     note = (
         f"Per video, {patients}, {percent(context.config.evaluate.confidence)} intervals over {context.unit}s. Network's lead: "
@@ -289,7 +290,7 @@ def _picture(context: Context, found: Mapping[str, Mapping[str, Any]]) -> Pictur
     first, name = context.inits[0], "balanced_accuracy"
     path = Path(context.output) / "pictures" / "shortcuts.png"
     rows = [("most frequent class", context.metrics["majority"]["video"], False)]
-    rows += [(NAMES[key], one, False) for key, one in found.items()] + [(f"network ({first})", context.metrics[first]["video"], True)]
+    rows += [(NAMES[key], one, False) for key, one in found.items()] + [(f"network ({init_name(context.metrics, first)})", context.metrics[first]["video"], True)]
     lines = [
         {"name": text, "strong": strong, "value": values.get(name), "low": values.get(f"{name}_low"), "high": values.get(f"{name}_high")}
         for text, values, strong in rows
