@@ -16,7 +16,8 @@ from pipeline.data.splits import FRAME_LEVEL, OPTIMISTIC, VIDEO_LEVEL
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation import predictions
 from pipeline.evaluation.compare import compare
-from pipeline.evaluation.compare_tables import as_markdown, protocol
+from pipeline.evaluation.compare_tables import as_markdown
+from pipeline.evaluation.compare_tables import protocol as how
 from pipeline.evaluation.content import data_tables
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import aggregate
@@ -104,7 +105,7 @@ def test_compare__words_and_fold_test_follow_the_protocol(tmp_path: Path) -> Non
         for group in ("patient", "video")
     }
     for group, who, count in (("patient", "patient", 12), ("video", "group", 24)):
-        words = "\n".join([as_markdown(found[group], full=False), *protocol(found[group])])
+        words = "\n".join([as_markdown(found[group], full=False), *how(found[group])])
         assert found[group].who == who and f"{count} {who}s, 24 videos, 3 folds" in words and f"fine-tuned without its {who}" in words
         assert [pair.folds["trained"] for pair in found[group].pairs] == [1.0, pytest.approx(2 / 3)]
         plain, inner = (pair.folds["test_over_train"] for pair in found[group].pairs)
