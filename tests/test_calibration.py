@@ -358,7 +358,10 @@ def test_part__without_validation_rows(tmp_path):
     found = part.numbers["pretrained"]
     assert found["items_calibrated"] == 0 and found["after"] is None
     assert all("no inner validation patients (finetune.selection: last)" in item["reason"] for item in found["items"])
-    assert found["thresholds"]["a"]["sensitivity"] is None and "no threshold for pretrained-seed0-fold0" in found["thresholds"]["a"]["reason"]
+    assert found["thresholds"]["a"]["sensitivity"] is None
+    assert found["thresholds"]["a"]["reason"] == "no inner validation patients (finetune.selection: last)"
+    assert "Nothing was calibrated, and no threshold was chosen: no inner validation patients" in part.section.words[1]
+    assert not {"At one threshold", "What was fitted, model by model"} & {table.title for table in part.section.tables}
     assert "Probabilities are not calibrated (no inner validation patients" in part.numbers["caution"]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.evaluation.calibration import BINS
 from pipeline.evaluation.calibration_plots import draw_decision_curves, draw_reliability
-from pipeline.evaluation.calibration_results import DONE, RATES, RAW, Fitted, Judged, judge, write_calibration
+from pipeline.evaluation.calibration_results import DONE, RATES, RAW, Fitted, Judged, judge, nothing_fitted, write_calibration
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.report import Picture, Section, Table, init_name, network_words, number, percent, plural, signed
 
@@ -92,9 +92,10 @@ def _reasons(items: Sequence[Fitted]) -> str:
 
 def _section(context: Context, judged: Mapping[str, Judged], wanted: Sequence[str]) -> Section:
     first = judged[context.inits[0]]
-    tables = [
-        _state_table(context, judged), _line_table(context, first), _threshold_table(context, judged, wanted), _item_table(context, judged),
-    ]
+    tables = [_state_table(context, judged), _line_table(context, first)]
+    # Without patients to fit on, both would be dashes; the words say why.
+    if not all(nothing_fitted(one.items) for one in judged.values()):
+        tables += [_threshold_table(context, judged, wanted), _item_table(context, judged)]
     return Section(
         key="calibration", title="Can the probabilities be trusted?", words=_words(context, first),
         pictures=[_reliability_picture(context, first), _decision_picture(context, first, wanted)], tables=tables, after="folds", layout="wide",
@@ -126,7 +127,8 @@ def _words(context: Context, first: Judged) -> list[str]:
         )
         fitted += f" {_change_words(context, first.numbers['difference'])}"
     else:
-        fitted = f"Nothing was calibrated: {_reasons(first.items)}."
+        fitted = f"Nothing was calibrated{'' if any(one.calibrator.patients for one in first.items) else ', and no threshold was chosen'}: "
+        fitted += f"{_reasons(first.items)}."
     benefit = (
         "The decision curve counts what acting on the network gains: videos rightly called, minus videos wrongly called at the price that the threshold "
         "stands for (at 0.2, four wrong calls outweigh one right one). The network is worth using only at thresholds where its line lies above both "
@@ -177,9 +179,10 @@ def _decision_picture(context: Context, first: Judged, wanted: Sequence[str]) ->
         spoken.append(f"{name}: " + (f"above both between thresholds {better[0]:.2f} and {better[-1]:.2f}" if len(better) else "nowhere above both"))
     left = f" The first {MAX_PANELS} of {len(wanted)} classes are drawn; decision_curve_all.csv has all." if len(wanted) > MAX_PANELS else ""
     return Picture(
-        path, f"Decision curves of the {network_words(context.metrics, init)} against calling everyone and calling no one. {'; '.join(spoken)}.",
-        f"{network_words(context.metrics, init, capital=True)}, each class against the rest, out-of-fold videos; shaded: {percent(context.config.evaluate.confidence)} band over "
-        f"{context.unit}s.{left}",
+        path,
+        f"Decision curves of the {network_words(context.metrics, init)} against calling everyone and calling no one. {'; '.join(spoken)}.",
+        f"{network_words(context.metrics, init, capital=True)}, each class against the rest, out-of-fold videos; shaded: "
+        f"{percent(context.config.evaluate.confidence)} band over {context.unit}s.{left}",
     )
 
 
@@ -197,7 +200,8 @@ def _state_table(context: Context, judged: Mapping[str, Judged]) -> Table:
             cells.append(one.numbers[key])
     rows = [[words, *(_range(values, name) for values in cells)] for name, words in NAMES.items()]
     gains = [
-        f"{init_name(context.metrics, init)}: log loss {_range(one.numbers['difference'], 'log_loss')}, Brier score {_range(one.numbers['difference'], 'brier')}"
+        f"{init_name(context.metrics, init)}: log loss {_range(one.numbers['difference'], 'log_loss')}, "
+        f"Brier score {_range(one.numbers['difference'], 'brier')}"
         for init, one in judged.items() if one.numbers["difference"]
     ]
     note = (

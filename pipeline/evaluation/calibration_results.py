@@ -20,7 +20,7 @@ from pipeline.evaluation.summary import average
 from pipeline.evaluation.weighted import draw_patients
 from pipeline.files import atomic_write
 
-__all__ = ["DONE", "RATES", "RAW", "Fitted", "Judged", "judge", "write_calibration"]
+__all__ = ["DONE", "RATES", "RAW", "Fitted", "Judged", "judge", "nothing_fitted", "write_calibration"]
 
 RAW, DONE = "as predicted", "calibrated"
 RATES = {
@@ -98,6 +98,14 @@ def _fit(context: Context, item: Item) -> Fitted:
     columns = probability_columns(classes)
     done[columns] = calibrator.apply(test[columns].to_numpy())
     return Fitted(item, calibrator, thresholds, positives, test, done)
+
+
+def nothing_fitted(items: Sequence[Fitted]) -> str:
+    """Why no item had patients to fit on; empty where one had some."""
+    if any(one.calibrator.patients for one in items):
+        return ""
+    first, *others = dict.fromkeys(one.calibrator.reason for one in items)
+    return first + (f"; and {len(others)} other reasons" if others else "")
 
 
 def _item_numbers(one: Fitted) -> dict[str, Any]:
@@ -196,7 +204,9 @@ def _threshold_numbers(context: Context, items: Sequence[Fitted], name: str) -> 
     }
     if lacking:
         ends = [f"{rate}{end}" for rate in RATES for end in ("", "_low", "_high")]
-        reason = f"no threshold for {', '.join(lacking)}: their inner validation patients do not hold both {name} and others"
+        reason = nothing_fitted(items) or (
+            f"no threshold for {', '.join(lacking)}: their inner validation patients do not hold both {name} and others"
+        )
         return {**result, **dict.fromkeys(ends), "reason": reason}
     tables = []
     for one in items:
