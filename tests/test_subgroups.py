@@ -81,6 +81,17 @@ def test_worse_sub_group__is_found_and_said_loudly(tmp_path):
     assert {(row["column"], row["level"]) for row in table} == {("probe", "convex"), ("probe", "linear"), *(("reader", f"r{i}") for i in range(4))}
 
 
+def test_table__no_interval_has_its_reason_and_patients_of_two_groups_are_explained(tmp_path):
+    fake = experiment(tmp_path, "probe")
+    probe = {video: f"clip{int(video[8:], 16)}" for video in fake.labels}
+    spoil(fake, {video for video in fake.labels if probe[video] == "clip1"})
+    metrics, page, _ = judged(fake, {"probe": probe})
+    found = metrics["subgroups"]["probe"]["levels"]["clip1"]
+    assert found["balanced_accuracy"] == 0 and found["balanced_accuracy_low"] is None and found["no_interval"]
+    assert f"No interval of balanced accuracy: clip1: {found['no_interval']}" in page
+    assert "Patients add up to more than 12: one with videos in several of these groups counts in each." in page
+
+
 def test_levels__seeds_are_averaged_as_in_the_main_table(tmp_path):
     fake = experiment(tmp_path, "probe", patients=48, seeds=[0, 1])
     metrics, _, _ = judged(fake, {"probe": {video: "linear" if int(video[:8], 16) < 24 else "convex" for video in fake.labels}})

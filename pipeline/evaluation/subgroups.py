@@ -150,6 +150,7 @@ def _one_level(context: Context, table: pd.DataFrame, inside: np.ndarray, how: M
     intervals = patient_intervals(runs, METRICS, confidence=how["confidence"])
     for name in METRICS:
         result |= {name: values[name], f"{name}_low": intervals[name].low, f"{name}_high": intervals[name].high}
+    result["no_interval"] = intervals[METRIC].reason
     others = table[~inside]
     if others["patient"].nunique() < FEWEST_PATIENTS:
         return {**result, "comparison": {"difference": None, "p": None, "reason": f"the rest has fewer than {FEWEST_PATIENTS} {context.unit}s"}}
@@ -255,7 +256,7 @@ def _section(
 def _table(context: Context, column: str, levels: Mapping[str, Mapping[str, Any]]) -> Table:
     shown = (METRIC_NAMES[METRIC], METRIC_NAMES["macro_auroc"], "Against the rest", "p (Holm)")
     columns = [readable(column).capitalize(), f"{context.unit.capitalize()}s", "Videos", *shown]
-    rows, reasons = [], []
+    rows, reasons, bare = [], [], []
     for level, one in levels.items():
         found = one.get("comparison") or {}
         cells = []
@@ -268,9 +269,15 @@ def _table(context: Context, column: str, levels: Mapping[str, Mapping[str, Any]
                      if found.get("p_holm") is not None else "–"])
         if reason := one["reason"] or found.get("reason"):
             reasons.append(f"{level}: {reason}")
+        if reason := one.get("no_interval"):
+            bare.append(f"{level}: {reason}")
     note = f"Per video, {percent(context.config.evaluate.confidence)} intervals over {context.unit}s."
     if reasons:
         note += f" No value where there is a dash: {'; '.join(reasons)}."
+    if bare:
+        note += f" No interval of balanced accuracy: {'; '.join(bare)}. The difference may still have one, since all other videos vary."
+    if sum(one["patients"] for one in levels.values()) > context.metrics["patients"]:
+        note += f" {context.unit.capitalize()}s add up to more than {context.metrics['patients']}: one with videos in several of these groups counts in each."
     return Table(f"By {readable(column)}", columns, rows, columns[1:], note)
 
 
