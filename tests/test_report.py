@@ -246,6 +246,16 @@ def test_number__signs_and_gaps():
     ]
 
 
+def test_folds__without_intervals_say_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.evaluation.evaluate.PARTS", ())
+    fake = FakeExperiment(tmp_path, skill={"pretrained": 50.0})
+    page, metrics = make(fake)
+    reason = metrics["pretrained"]["folds"]["0"]["undefined"]["balanced_accuracy interval"]
+    text = Page(page).text
+    assert f"No fold has an interval: {reason}. Right: all folds together." in text and "lines: intervals over the fold" not in text
+    assert "All metrics" in text and 'href="#pretraining">Does' not in page
+
+
 def test_headline__reads_as_specified():
     values = {"balanced_accuracy": 0.71, "balanced_accuracy_low": 0.60, "balanced_accuracy_high": 0.81}
     metrics = {

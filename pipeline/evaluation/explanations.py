@@ -228,7 +228,8 @@ def _section(context: Context, cases: Sequence[_Case], found: Mapping[str, Any],
         alt = f"Frame {case.frame} of video {row['video']}, class {row['label']}, judged {word}ly as {row['predicted']}, and the same frame under its heat map."
         pictures.append(Picture(path, alt + outside, said + outside))
     return Section(
-        "look", TITLE, _words(found, card, context.unit, network_words(context.metrics, found["init"])), pictures, warning=_warning(found), after="errors", layout="pair",
+        "look", TITLE, _words(found, card, context.unit, network_words(context.metrics, found["init"])), pictures,
+        warning=_warning(found), after="errors", layout="pair",
         note="Left the frame as the network received it, right the same frame with its map, bright where the heat is; the line is the edge of the "
         "scan area. Chosen by certainty: the most certain errors, then the most certain right answers of each class.",
     )

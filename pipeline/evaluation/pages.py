@@ -212,9 +212,21 @@ class _Drawing:
         return Picture(
             path,
             f"Balanced accuracy per fold. {spoken}.",
-            "Dots: value of a fold; lines: intervals over the fold's "
-            "patients, wide because they are few; right: all folds together.",
+            self._fold_caption(),
         )
+
+    def _fold_caption(self) -> str:
+        """What the lines are, and why some or all folds have none."""
+        name, unit = "balanced_accuracy", self.metrics["unit"]
+        folds = [values for init in self.inits for values in self.metrics[init]["folds"].values()]
+        lacking = [values for values in folds if values[f"{name}_low"] is None]
+        reasons = "; ".join(dict.fromkeys(values["undefined"].get(f"{name} interval", "not defined") for values in lacking))
+        if len(lacking) == len(folds):
+            pooled = any(self.metrics[init]["video"][f"{name}_low"] is not None for init in self.inits)
+            line = f", with intervals over {unit}s" if pooled else ""
+            return f"Dots: value of a fold. No fold has an interval: {reasons}. Right: all folds together{line}."
+        why = f" No interval: {reasons}." if lacking else ""
+        return f"Dots: value of a fold; lines: intervals over the fold's {unit}s, wide because they are few; right: all folds together.{why}"
 
     def gallery(self, wrong: Sequence[Mapping[str, Any]], right: Sequence[Mapping[str, Any]]) -> None:
         """gallery_wrong.png and gallery_right.png, for viewers without the report."""

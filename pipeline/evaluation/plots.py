@@ -240,7 +240,8 @@ def draw_folds(
         axes.set_xticks([*range(len(numbers)), len(numbers) + 0.3], [*(f"fold {fold}" for fold in numbers), "all"])
         axes.set(ylim=(-0.03, 1.03), ylabel=readable(metric).capitalize(), xlim=(-0.5, len(numbers) + 0.8))
         axes.grid(axis="x", visible=False)
-        axes.set_title(f"{readable(metric).capitalize()} per video with {confidence:.0%} intervals")
+        some = np.isfinite([*folds["low"], *pooled["low"]]).any()
+        axes.set_title(f"{readable(metric).capitalize()} per video" + (f" with {confidence:.0%} intervals" if some else ""))
         figure.legend(loc="outside lower center", ncols=len(inits) + 1)
 
 

@@ -377,7 +377,8 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
     )
     jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri, shown=shown_size)
-    jinja.globals.update(plural=plural, fold_words=fold_words, init_name=init_name, network_words=network_words, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
+    jinja.globals.update(plural=plural, fold_words=fold_words, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
+    jinja.globals.update(init_name=init_name, network_words=network_words)
     return jinja
 
 
