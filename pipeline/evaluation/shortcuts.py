@@ -290,7 +290,8 @@ def _picture(context: Context, found: Mapping[str, Mapping[str, Any]]) -> Pictur
     first, name = context.inits[0], "balanced_accuracy"
     path = Path(context.output) / "pictures" / "shortcuts.png"
     rows = [("most frequent class", context.metrics["majority"]["video"], False)]
-    rows += [(NAMES[key], one, False) for key, one in found.items()] + [(f"network ({init_name(context.metrics, first)})", context.metrics[first]["video"], True)]
+    rows += [(NAMES[key], one, False) for key, one in found.items()]
+    rows.append((f"network ({init_name(context.metrics, first)})", context.metrics[first]["video"], True))
     lines = [
         {"name": text, "strong": strong, "value": values.get(name), "low": values.get(f"{name}_low"), "high": values.get(f"{name}_high")}
         for text, values, strong in rows
