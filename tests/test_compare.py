@@ -97,6 +97,8 @@ def test_compare__difference_interval_and_corrected_p(tmp_path: Path) -> None:
     assert good and same and good.value == pytest.approx(0.5) and good.low > 0.25
     assert good.p < 0.01 and good.p_holm == pytest.approx(min(1, 2 * good.p)) and same.value == 0 and same.p == 1
     assert found.counts == {"patients": 24, "units": 48, "folds": 3, "repeats": 1, "seeds": 1}
+    # The column of methods tells all that differs.
+    assert set(found.differing) == {"pretrain.method"} and "Parameters that differ" not in as_markdown(found)
     text = as_markdown(found, full=False)
     assert "+0.50" in text and "random" in text and "24 patients, 48 videos, 3 folds, 1 seed" in text
     assert headline(found).startswith("1 of 2 differences in balanced accuracy is shown after correction")

@@ -233,10 +233,11 @@ def test_number__signs_and_gaps():
         "−0.25",
     ]
     assert [signed(0.12), signed(-0.12), signed(0.001), signed(None)] == ["+0.12", "−0.12", "0.00", "–"]
-    assert [p_words(0.0004), p_words(0.034), p_words(0.5), p_words(None)] == [
+    assert [p_words(0.0004), p_words(0.034), p_words(0.5), p_words(0.999), p_words(None)] == [
         "p < 0.001",
         "p = 0.034",
         "p = 0.50",
+        "p > 0.99",
         "p undefined",
     ]
     assert [plural(1, "patient"), plural(2, "class"), plural(1200, "frame")] == [

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from pipeline.evaluation.compare import LOWER_IS_BETTER, Comparison
 from pipeline.evaluation.compare_tables import NAMES, as_csv, as_markdown, cannot, grids, headline, is_shown, number, pairs_csv, protocol, rests_on
 from pipeline.evaluation.plots import CLASS_COLORS, INK, LINES, MUTED, card
-from pipeline.evaluation.report import Picture, page_environment
+from pipeline.evaluation.report import Picture, p_words, page_environment
 from pipeline.files import atomic_write, write_json
 
 __all__ = ["draw_comparison", "draw_curves", "write_comparison"]
@@ -70,7 +70,7 @@ def draw_comparison(path: Path, found: Comparison) -> None:
                 continue
             _bar(right, pair.low, pair.high, y, color)
             right.plot(pair.value, y, "o", color=color, markersize=7.5, markeredgecolor="white", gid="difference")
-            p = "" if pair.p_holm is None else f"p {'<0.001' if pair.p_holm < 0.001 else f'{pair.p_holm:.3f}'}"
+            p = "" if pair.p_holm is None else p_words(pair.p_holm).replace("p = ", "p ")
             right.annotate(
                 f"{number(pair.value, asked.metric, '+')}   {p}", (1.0, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
                 ha="left", va="center", fontsize=9, color=INK, annotation_clip=False,

@@ -70,9 +70,15 @@ def grids(found: Comparison) -> list[Grid]:
         result.append(_matrix(found))
     if found.pairs and any(name.startswith("DeLong") for pair in found.pairs for name in pair.others) and len(found.classes) > 2:
         result.append(_delong(found))
-    if found.differing:
+    if set(found.differing) - _named(found):
         result.append(_differing(found))
     return result
+
+
+def _named(found: Comparison) -> set[str]:
+    """Parameters that the names of rows or methods tell already: a table of them alone would repeat these."""
+    known = set(found.differing.get("pretrain.init", ())) <= {"random", "imagenet"}
+    return {"pretrain.method", *(["pretrain.init"] if known else []), *([found.curve.key] if found.curve else [])}
 
 
 def _main(found: Comparison) -> Grid:

@@ -154,10 +154,11 @@ def percent(value: float) -> str:
 
 
 def p_words(value: float | None) -> str:
-    """`p = 0.03` or `p < 0.001`."""
+    """`p = 0.03`, `p < 0.001` or `p > 0.99`."""
     if value is None:
         return "p undefined"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+    # An estimate from random exchanges, or one corrected, is no certainty.
+    return "p < 0.001" if value < 0.001 else "p > 0.99" if value > 0.99 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
 def interval_words(values: Mapping[str, Any], metric: str, confidence: float) -> str:
