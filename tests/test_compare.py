@@ -99,6 +99,7 @@ def test_compare__difference_interval_and_corrected_p(tmp_path: Path) -> None:
     assert found.counts == {"patients": 24, "units": 48, "folds": 3, "repeats": 1, "seeds": 1}
     # The column of methods tells all that differs.
     assert set(found.differing) == {"pretrain.method"} and "Parameters that differ" not in as_markdown(found)
+    assert "(initialisation: pretrained; in rows without pretraining what the column of methods names)" in as_markdown(found)
     text = as_markdown(found, full=False)
     assert "+0.50" in text and "random" in text and "24 patients, 48 videos, 3 folds, 1 seed" in text
     assert headline(found).startswith("1 of 2 differences in balanced accuracy is shown after correction")

@@ -184,9 +184,11 @@ def protocol(found: Comparison) -> list[str]:
     several = counts["seeds"] > 1 or counts["repeats"] > 1
     stamped = ", except where a stamp says otherwise" if any(row.stamp for row in found.rows) else ""
     unit = "frame" if asked.level == "frame" else "video"
+    bare = asked.initialisation == "pretrained" and {row.method for row in found.rows} & {"random", "imagenet", "weights file"}
+    other = "; in rows without pretraining what the column of methods names" if bare else ""
     lines = [
         f"All rows were judged on the same {rests_on(found)}; labels, {who}s and folds were checked to be equal. Every {unit} was judged by "
-        f"networks fine-tuned without its {who}{stamped} (initialisation: {asked.initialisation}).",
+        f"networks fine-tuned without its {who}{stamped} (initialisation: {asked.initialisation}{other}).",
         *(["A group is a patient, or a single video (with its copies) where patients are unknown or not kept apart (data.group: video): then other videos "
            "of the patient may have been trained on, and videos count as independent."] if who == "group" else []),
         "Folds are pooled before a metric is computed" + ("; the value is the mean over seeds and repeats." if several else "."),
