@@ -254,6 +254,7 @@ def test_folds__without_intervals_say_why(tmp_path, monkeypatch):
     reason = metrics["pretrained"]["folds"]["0"]["undefined"]["balanced_accuracy interval"]
     text = Page(page).text
     assert f"No fold has an interval: {reason}. Right: all folds together." in text and "lines: intervals over the fold" not in text
+    assert "Dots: value; no intervals: " in text
     assert "All metrics" in text and 'href="#pretraining">Does' not in page
 
 

@@ -161,10 +161,14 @@ class _Drawing:
             path, pd.DataFrame(rows), METRIC_NAMES, self.metrics["chance"], self.confidence, self.stamp, self._names
         )
         spoken = "; ".join(f"{self._name(init)}: {number(self.metrics[init]['video']['balanced_accuracy'])}" for init in self.inits)
+        first = self.metrics[self.inits[0]]["video"]
+        lines = f"lines: {percent(self.confidence)} intervals over {self.metrics['unit']}s."
+        if not any(np.isfinite(row["low"]) for row in rows):
+            lines = f"no intervals: {first['undefined'].get('balanced_accuracy interval', 'not defined')}."
         return Picture(
             path,
-            f"Dots with intervals for four metrics per video. Balanced accuracy {spoken}.",
-            f"Dots: value; lines: {percent(self.confidence)} intervals over patients. Majority: always answering the "
+            f"Four metrics per video. Balanced accuracy {spoken}.",
+            f"Dots: value; {lines} Majority: always answering the "
             "most frequent class of the training videos; it can fall below guessing, because a class that is frequent "
             "in training is rarer in the test part.",
         )

@@ -300,7 +300,7 @@ def draw_comparison(
         axes.set_yticks(range(len(metrics)), [names.get(name, readable(name)) for name in metrics])
         axes.set(xlim=(-0.02, 1.08), ylim=(len(metrics) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
-        axes.set_title(f"Per video, with {confidence:.0%} intervals over patients")
+        axes.set_title("Per video" + (f", with {confidence:.0%} intervals" if np.isfinite(rows["low"]).any() else ""))
         figure.legend(loc="outside lower center", ncols=len(inits) + 1)
 
 
