@@ -427,6 +427,8 @@ def test_mlflow__by_run_name_experiment_name_and_ids(tmp_path: Path, empty_store
             client.log_artifact(child, str(folder / "reports/evaluate" / file))
         if finished:
             client.set_terminated(child)
+            fold = client.create_run(experiment, tags={"mlflow.parentRunId": parent, "stage": "evaluate", "item": "fold 0", "sonoscope.level": "stage"})
+            client.set_terminated(fold.info.run_id)
         return parent, child
 
     one, two = log("tepid-gibe", 0.5), log("bold-newt", 1.0)

@@ -239,8 +239,9 @@ class Finder:
     def _evaluation(self, parent: Any) -> Any:
         """The newest finished evaluate run below a parent, or None."""
         query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.stage = 'evaluate' and attributes.status = 'FINISHED'"
-        found = self._client.search_runs([parent.info.experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
-        return found[0] if found else None
+        found = self._client.search_runs([parent.info.experiment_id], query, max_results=1000, order_by=["attributes.start_time DESC"])
+        # Folds have runs of their own, named by an item; they hold no predictions.
+        return next((run for run in found if "item" not in run.data.tags), None)
 
     def _artifact(self, run: Any, file: str, name: str, folder: str) -> str:
         try:
