@@ -367,6 +367,7 @@ def test_stage__without_usable_labels_ends_before_anything_is_computed(project: 
 def test_preflight__labels_that_cannot_be_there(changes: dict, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "more").mkdir()
+    (tmp_path / "more/labels.csv").write_text("path,label\n")  # without a table or class folders it could have no labels
     (tmp_path / "params.yaml").write_text(json.dumps(merged({"pretrain": {"method": "uscl"}}, changes)))
     try:
         check_named_files(load_config(tmp_path / "params.yaml"))
