@@ -12,7 +12,7 @@ import pandas as pd
 from pipeline.evaluation.calibration import (
     BINS, Calibrator, calibration_line, calibration_metrics, choose_threshold, fit_calibrator, net_benefit, reliability_points,
 )
-from pipeline.evaluation.metrics import RUN_COLUMNS, Scores, aggregate
+from pipeline.evaluation.metrics import Scores, aggregate
 from pipeline.evaluation.parts import Context
 from pipeline.evaluation.predictions import Item, probability_columns
 from pipeline.evaluation.statistics import paired_bootstrap, patient_intervals
@@ -125,7 +125,7 @@ def judge(context: Context, init: str, wanted: Sequence[str]) -> Judged:
     scores = {state: Scores.from_table(table, classes) for state, table in tables.items()}
     names, group = np.unique(scores[RAW].patients, return_inverse=True)
     draws = draw_patients(len(names), settings.bootstrap, settings.seed)
-    runs = {state: _runs(table, classes) for state, table in tables.items()}
+    runs = {state: list(Scores.by_run(table, classes).values()) for state, table in tables.items()}
     numbers: dict[str, Any] = {
         "items_calibrated": sum(one.calibrator.fitted for one in items),
         "items": [_item_numbers(one) for one in items],
@@ -151,12 +151,6 @@ def judge(context: Context, init: str, wanted: Sequence[str]) -> Judged:
         for name, place in ((name, classes.index(name)) for name in wanted)
     }
     return Judged(items, numbers, points, curves)
-
-
-def _runs(table: pd.DataFrame, classes: Sequence[str]) -> list[Scores]:
-    """One set of predictions for each seed and repeat."""
-    keys = [name for name in RUN_COLUMNS if name in table.columns and name not in ("init", "fold", "part")]
-    return [Scores.from_table(part, classes) for _, part in table.groupby(keys)]
 
 
 def _state_numbers(context: Context, runs: Sequence[Scores], pooled: Scores, weights: np.ndarray) -> dict[str, Any]:
@@ -213,7 +207,8 @@ def _threshold_numbers(context: Context, items: Sequence[Fitted], name: str) -> 
         called = (one.done[f"p_{name}"] >= one.thresholds[name]).astype(float)
         label = np.where(one.done["label"] == name, "called", "not called")
         tables.append(one.done.assign(label=label, **{"p_called": called, "p_not called": 1 - called}))
-    intervals = patient_intervals(_runs(pd.concat(tables), ["not called", "called"]), list(RATES.values()), confidence=settings.confidence)
+    runs = list(Scores.by_run(pd.concat(tables), ["not called", "called"]).values())
+    intervals = patient_intervals(runs, list(RATES.values()), confidence=settings.confidence)
     for rate, metric in RATES.items():
         found = intervals[metric]
         result |= {rate: found.value, f"{rate}_low": found.low, f"{rate}_high": found.high}

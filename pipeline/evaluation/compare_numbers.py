@@ -22,7 +22,6 @@ from pipeline.evaluation.statistics import METRICS, Interval, WeightedMetrics, p
 
 __all__ = ["METRICS", "Difference", "Measured", "difference", "permutations"]
 
-RUN = ["seed", "repeat"]
 ELEMENTS = 60_000_000
 """Exchanges times rows of a permutation test of a ranking metric; beyond it there are fewer exchanges, so that it ends in seconds."""
 LEAST = 1_000
@@ -62,7 +61,7 @@ class Measured:
         self.trained = trained
         self.name, self.table, self.classes = name, table, tuple(classes)
         self.patients = sorted(set(table["patient"]))
-        self.runs = {key: Scores.from_table(part, classes) for key, part in table.groupby(RUN)}
+        self.runs = Scores.by_run(table, classes)
 
     @property
     def scores(self) -> list[Scores]:

@@ -41,7 +41,7 @@ def curves_part(context: Context) -> Part:
     _write(context, found)
     numbers = {}
     for init, curves in found.items():
-        runs = [Scores.from_table(part, classes) for _, part in videos[videos["init"] == init].groupby(["seed", "repeat"])]
+        runs = list(Scores.by_run(videos[videos["init"] == init], classes).values())
         areas = patient_intervals(runs, [f"auroc.{name}" for name in curves], confidence=settings.confidence)
         values = context.metrics[init]["video"]["per_class"]
         numbers[init] = {name: _numbers(values[name], curves.get(name), areas.get(f"auroc.{name}")) for name in classes}

@@ -100,6 +100,11 @@ class Scores:
             classes=tuple(classes),
         )
 
+    @classmethod
+    def by_run(cls, table: pd.DataFrame, classes: Sequence[str]) -> dict[tuple[int, int], Scores]:
+        """Predictions of every (seed, repeat) of one initialisation; each holds every unit once. The table has these two columns as well."""
+        return {key: cls.from_table(part, classes) for key, part in table.groupby(["seed", "repeat"])}
+
 
 def _vote(probabilities: np.ndarray) -> np.ndarray:
     """One-hot rows of the winning class; a tie goes to the class listed first. float64 [N, C]."""

@@ -176,7 +176,7 @@ def _judge(context: Context, facts: pd.DataFrame) -> dict[str, Any]:
     result["used_most"] = dict(sorted(used.items(), key=lambda item: -item[1])[:3])
     videos = context.tables["video"]
     own = videos[videos["init"] == context.inits[0]]
-    network = [Scores.from_table(part, splits.classes) for _, part in own.groupby(["seed", "repeat"])]
+    network = list(Scores.by_run(own, splits.classes).values())
     lead = paired_bootstrap(network, runs, "balanced_accuracy", **how)
     result |= {"network_lead": lead.difference, "network_lead_low": lead.low, "network_lead_high": lead.high}
     # Where there is no interval, the value stands for it.

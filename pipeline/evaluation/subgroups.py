@@ -145,7 +145,7 @@ def _one_level(context: Context, table: pd.DataFrame, inside: np.ndarray, how: M
         return {**result, "reason": f"all videos have the class {own['label'].iloc[0]}"}
     scores = Scores.from_table(own, context.splits.classes)
     # Seeds and repeats one by one and averaged, as everywhere: ranking their videos together would be another AUROC.
-    runs = [Scores.from_table(part, context.splits.classes) for _, part in own.groupby(["seed", "repeat"])]
+    runs = list(Scores.by_run(own, context.splits.classes).values())
     values = average([classification_metrics(one) for one in runs])
     intervals = patient_intervals(runs, METRICS, confidence=how["confidence"])
     for name in METRICS:

@@ -88,21 +88,16 @@ def summarise(
     return {"headline": sentence, **top, **metrics}
 
 
-def _runs(table: pd.DataFrame, classes: Sequence[str]) -> dict[Any, Scores]:
-    """Predictions of every seed and repeat; each holds every unit once."""
-    return {key: Scores.from_table(part, classes) for key, part in table.groupby(["seed", "repeat"])}
-
-
 def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: str) -> dict[str, Any]:
     """Metrics of one initialisation at one level: mean over seeds and repeats, spread over each, intervals over patients."""
-    runs = {key: classification_metrics(scores) for key, scores in _runs(table, classes).items()}
+    runs = {key: classification_metrics(scores) for key, scores in Scores.by_run(table, classes).items()}
     result = average(list(runs.values()))
     for place, word in enumerate(("seed", "repeat")):
         kinds = sorted({key[place] for key in runs})
         for name in METRICS if len(kinds) > 1 else ():
             means = [average([one[name] for key, one in runs.items() if key[place] == kind]) for kind in kinds]
             result[f"{name}_{word}_sd"] = stdev(means) if None not in means else None
-    intervals = patient_intervals(list(_runs(table, classes).values()), METRICS, confidence=config.evaluate.confidence)
+    intervals = patient_intervals(list(Scores.by_run(table, classes).values()), METRICS, confidence=config.evaluate.confidence)
     for name in METRICS:
         low, high, reason = intervals[name].low, intervals[name].high, intervals[name].reason
         result[f"{name}_low"], result[f"{name}_high"] = low, high
@@ -169,7 +164,7 @@ def _differences(config: Config, splits: Splits, tables: Mapping[str, pd.DataFra
     for level in LEVELS:
         table = tables[level]
         first, second = (
-            list(_runs(table[table["init"] == init], splits.classes).values()) for init in ("pretrained", "random")
+            list(Scores.by_run(table[table["init"] == init], splits.classes).values()) for init in ("pretrained", "random")
         )
         # Ranking every frame anew in ten thousand exchanges takes minutes on large data and answers no question.
         names = BASELINE_METRICS if level == "frame" else METRICS
