@@ -13,6 +13,8 @@ import pytest
 from fake_experiment import FakeExperiment
 from sklearn.metrics import auc
 
+from pipeline.data.manifest import Manifest
+from pipeline.data.store import FrameStore
 from pipeline.errors import DataError
 from pipeline.evaluation.evaluate import evaluate, headline_metrics, log_results
 from pipeline.evaluation.records import parent_metrics
@@ -167,6 +169,51 @@ def test_numbers__seeds_are_averaged_and_their_spread_is_shown(tmp_path):
     assert video["balanced_accuracy_seed_sd"] == pytest.approx(np.std([0, 1], ddof=1))
     assert video["confusion"] == [[6, 6], [6, 6]]
     assert "mean of 2 seeds" in metrics["headline"]
+
+
+def test_numbers__repeats_and_seeds_in_every_part_of_the_report(tmp_path):
+    fake = FakeExperiment(
+        tmp_path, patients=24, repeats=2, seeds=[0, 1], params={"evaluate": {"bootstrap": 200, "subgroups": ["short_side", "frames"], "explanations": 0}}
+    )
+    store = fake.store()
+    low = {row.video for place, row in enumerate(store.manifest.rows) if place // 4 % 2}  # whole patients, both classes
+    odd = {row.video for place, row in enumerate(store.manifest.rows) if place % 2}  # one video of every patient
+    Manifest([
+        replace(row, height=48 if row.video in low else 64, frames_decoded=5 if row.video in odd else 4) for row in store.manifest.rows
+    ]).write(store.folder / "manifest.csv")
+    out = tmp_path / "out"
+    metrics = evaluate(fake.config, fake.folders, fake.splits, FrameStore(store.folder), out)
+    page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
+
+    # Everything again from the rows that fine-tuning wrote: frames to videos, four judgements of every video, their means.
+    frames = pd.concat([
+        pd.read_csv(folder / "predictions.csv", dtype={"video": str}).query("init == 'pretrained' and part == 'test'") for folder in fake.folders
+    ])
+    frames["repeat"] = frames["fold"] // 3
+    videos = frames.groupby(["seed", "repeat", "video", "label"], as_index=False)[["p_a", "p_b"]].mean()
+    assert len(videos) == 4 * 48
+    videos["right"] = np.where(videos["p_a"] >= videos["p_b"], "a", "b") == videos["label"]
+
+    def mean_recall(part):
+        runs = [run.groupby("label")["right"].mean().mean() for _, run in part.groupby(["seed", "repeat"])]
+        return pytest.approx(np.mean(runs))
+
+    assert metrics["pretrained"]["video"]["balanced_accuracy"] == mean_recall(videos)
+    levels = metrics["subgroups"]["short_side"]["levels"]
+    assert {name: (one["patients"], one["videos"]) for name, one in levels.items()} == {"48": (12, 24), "64": (12, 24)}
+    assert levels["48"]["balanced_accuracy"] == mean_recall(videos[videos["video"].isin(low)])
+    gap = levels["48"]["balanced_accuracy"] - levels["64"]["balanced_accuracy"]
+    assert levels["48"]["comparison"]["difference"] == pytest.approx(gap)
+    brier = ((videos["p_a"] - (videos["label"] == "a")) ** 2 + (videos["p_b"] - (videos["label"] == "b")) ** 2).mean()
+    assert metrics["calibration"]["pretrained"]["before"]["brier"] == pytest.approx(brier)
+    assert metrics["calibration"]["pretrained"]["items_calibrated"] == 12
+
+    assert "3 folds × 2 repeats, mean of 2 seeds" in page
+    assert "number of videos (mean of 2 seeds × 2 repeats)" in page and "in the group, all 2 seeds × 2 repeats counted" in page
+    # Every patient has a video of either length, so nobody can change sides.
+    reason = "no p value, because no two patients of the same classes lie wholly on different sides"
+    assert [one["comparison"]["reason"] for one in metrics["subgroups"]["frames"]["levels"].values()] == [reason, reason]
+    assert f"No value where there is a dash: 4, 5: {reason}." in page and "1 comparison could be tested" not in page and "2 comparisons could be tested" in page
 
 
 def test_numbers__same_bytes_twice(fake):

@@ -62,7 +62,7 @@ def run_split(config: Config, stores: Path, output: Path, reports: Path) -> tupl
         [_pair_row(pair, splits) for pair in pairs],
     )
     if splits.folds:
-        write_balance_plot(reports / "balance.png", rows, splits.classes, splits.group)
+        write_balance_plot(reports / "balance.png", rows, splits.classes, splits.unit)
     return splits, metrics
 
 
@@ -139,9 +139,10 @@ def describe_folds(splits: Splits, metrics: Mapping[str, Any]) -> str:
     """What the folds mean, in a few lines for the console."""
     if not splits.folds:
         return f"{metrics['unlabelled_videos']} unlabelled videos, no folds: `dvc repro pretrain@0` pretrains on all of them"
-    unit = "patients" if splits.group == "patient" else f"groups (data.group: {splits.group})"
+    units = f"{splits.unit}s"
+    judged = units if splits.unit == splits.group == "patient" else f"{units} (data.group: {splits.group})"
     lines = [
-        f"{metrics['videos']} labelled videos of {metrics['patients']} {unit}, classes {', '.join(splits.classes)}; "
+        f"{metrics['videos']} labelled videos of {metrics['patients']} {judged}, classes {', '.join(splits.classes)}; "
         f"{metrics['unlabelled_videos']} unlabelled; {splits.words}" + (f" – {splits.stamp}" if splits.stamp else ""),
         "model k is trained without the test part of fold k and judged on it; inner folds choose its epoch:",
     ]
@@ -149,16 +150,16 @@ def describe_folds(splits: Splits, metrics: Mapping[str, Any]) -> str:
         where = f" (repeat {fold['repeat']})" if splits.repeats > 1 else ""
         counts = ", ".join(f"{name} {count['patients']}/{count['videos']}" for name, count in fold["classes"].items())
         lines.append(
-            f"  fold {number}{where}: test {fold['patients']} groups, {fold['videos']} videos, {fold['frames']} frames "
-            f"(groups/videos: {counts}); {fold['inner_folds']} inner folds"
+            f"  fold {number}{where}: test {fold['patients']} {units}, {fold['videos']} videos, {fold['frames']} frames "
+            f"({units}/videos: {counts}); {fold['inner_folds']} inner folds"
         )
     return "\n".join(lines)
 
 
-def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: Sequence[str], group: str) -> None:
-    """Stacked bars of every fold's test part by class: groups, videos and frames, with the even share as a line.
+def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: Sequence[str], unit: str) -> None:
+    """Stacked bars of every fold's test part by class: patients (groups), videos and frames, with the even share as a line.
 
-    `rows` are those of `balance_rows`; `group` is the word for a group, `patient` or `video`.
+    `rows` are those of `balance_rows`; `unit` is the word for what is independent, `Splits.unit`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -172,7 +173,7 @@ def write_balance_plot(path: Path, rows: Sequence[Mapping[str, Any]], classes: S
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     titles = {
-        "patients": f"{group}s (with two classes: counted in both)",
+        "patients": f"{unit}s (with two classes: counted in both)",
         "videos": "videos",
         "frames": "stored frames",
     }

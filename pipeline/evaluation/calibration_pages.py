@@ -15,7 +15,7 @@ from pipeline.evaluation.calibration import BINS
 from pipeline.evaluation.calibration_plots import draw_decision_curves, draw_reliability
 from pipeline.evaluation.calibration_results import DONE, RATES, RAW, Fitted, Judged, judge, nothing_fitted, write_calibration
 from pipeline.evaluation.parts import Context, Part
-from pipeline.evaluation.report import Picture, Section, Table, init_name, network_words, number, percent, plural, signed
+from pipeline.evaluation.report import Picture, Section, Table, init_name, network_words, number, percent, plural, run_words, signed
 
 __all__ = ["calibration_part"]
 
@@ -117,9 +117,11 @@ def _words(context: Context, first: Judged) -> list[str]:
         method = {"temperature": "Temperature scaling (one number a model)", "platt": "Platt scaling (a slope and an offset a class)"}
         fitted = (
             f"{method[settings.calibration]} was fitted for each model on its own {spread} inner validation {unit}s and never on test {unit}s; a prior "
-            f"holds it near no change where {unit}s are few. The same {unit}s chose the training epoch, which makes certainty look a little better "
-            f"there than on new {unit}s. "
+            f"holds it near no change where {unit}s are few. "
         )
+        chosen = {"inner": "training epoch", "nested": "recipe and the training epoch"}.get(context.config.finetune.selection)
+        if chosen:
+            fitted += f"The same {unit}s chose the {chosen}, which makes certainty look a little better there than on new {unit}s. "
         fitted += (
             "It changes no answer, so all other numbers of this report hold for it too." if not first.numbers["answers_changed"] else
             f"It changes the answer for {plural(first.numbers['answers_changed'], 'video')}; all other numbers of this report are those of the "
@@ -159,10 +161,10 @@ def _reliability_picture(context: Context, first: Judged) -> Picture:
     spoken = "; ".join(
         f"{title}: " + ", ".join(f"{number(row['probability'])} sure, {number(row['frequency'])} right" for row in rows) for title, rows in panels.items()
     )
-    seeds = f", all {context.metrics['seeds']} seeds counted" if context.metrics["seeds"] > 1 else ""
+    all_runs = f", all {runs} counted" if (runs := run_words(context.metrics)) else ""
     return Picture(
         path, f"Reliability diagram. {spoken}.",
-        f"Dots: groups of test videos of about equal size, from the least to the most certain (bars below: videos in the group{seeds}); lines: "
+        f"Dots: groups of test videos of about equal size, from the least to the most certain (bars below: videos in the group{all_runs}); lines: "
         f"{percent(context.config.evaluate.confidence)} intervals over {context.unit}s (none where all videos of a group are alike); "
         "dotted: perfect. Dots below it mean too sure, dots above it too modest.",
     )

@@ -247,8 +247,9 @@ class Finder:
         try:
             path = Path(self._client.download_artifacts(run.info.run_id, file, folder))
         except Exception as error:  # stores raise what they like
+            other = "" if file == LEVELS["video"][0] else "; --level video may do"
             raise DataError(
-                f"compare: MLflow's run '{name}' has no artifact {file} ({type(error).__name__}): it is older than this file; --level video may do"
+                f"compare: MLflow's run '{name}' has no artifact {file} ({type(error).__name__}): it is older than this file{other}"
             ) from None
         return _decoded(path.read_bytes(), f"{file} of '{name}'")
 

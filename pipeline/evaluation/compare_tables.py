@@ -48,7 +48,7 @@ def _interval(value: float | None, low: float | None, high: float | None, metric
 
 
 def _p(value: float | None) -> str:
-    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+    return "-" if value is None else "<0.001" if value < 0.001 else ">0.99" if value > 0.99 else f"{value:.3f}"
 
 
 def _name(row: Row) -> str:
@@ -266,7 +266,7 @@ def as_csv(found: Comparison) -> str:
     """One line a row, unrounded; text that a spreadsheet would take for a formula is shielded."""
     asked, counts = found.settings, found.counts
     place = {name: (line, value) for line, points in found.curve.lines.items() for value, name in points.items()} if found.curve else {}
-    columns = ["experiment", "method", "stamp", "members", "seeds", "level", "initialisation", *counts]
+    columns = ["experiment", "method", "stamp", "members", "seed_values", "level", "initialisation", *counts]
     columns += [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
     columns += ["compared_with", "metric", *_PAIR] + (["line", found.curve.key] if found.curve else [])
     rows = []

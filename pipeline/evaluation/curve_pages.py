@@ -110,7 +110,7 @@ def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers
     reasons = sorted({one["reason"] for init in inits for one in numbers[init].values() if one["reason"]})
     note = (
         f"Brackets: {percent(confidence)} intervals over {unit}s, for AUROC as in all tables, for average precision percentiles of the bootstrap that "
-        "gives the bands; these are too narrow with few of them. Several seeds: the value is their mean, curves and bands pool them."
+        "gives the bands; these are too narrow with few of them. Several seeds or repeats: the value is their mean, curves and bands pool them."
         + (f" No interval: {'; '.join(reasons)}." if reasons else "")
     )
     pooled = (

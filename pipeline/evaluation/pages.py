@@ -31,6 +31,7 @@ from pipeline.evaluation.report import (
     network_words,
     number,
     percent,
+    run_words,
     stamp_words,
     verdict,
     write_report,
@@ -189,7 +190,7 @@ class _Drawing:
             spoken = "; ".join(
                 f"{name}: {number(values['per_class'][name]['recall'])} recognised" for name in self.splits.classes
             )
-            mean = f" (mean of {self.metrics['seeds']} seeds)" if self.metrics["seeds"] > 1 else ""
+            mean = f" (mean of {runs})" if (runs := run_words(self.metrics)) else ""
             pictures.append(
                 Picture(
                     path,

@@ -38,6 +38,7 @@ __all__ = [
     "interval_words",
     "network_words",
     "page_environment",
+    "run_words",
     "stamp_words",
     "verdict",
     "write_report",
@@ -202,6 +203,12 @@ def network_words(metrics: Mapping[str, Any], init: str, noun: str = "network", 
 def fold_words(metrics: Mapping[str, Any]) -> str:
     """`5 folds`, or `5 folds × 3 repeats`."""
     return plural(metrics["folds"], "fold") + (f" × {metrics['repeats']} repeats" if metrics.get("repeats", 1) > 1 else "")
+
+
+def run_words(metrics: Mapping[str, Any]) -> str:
+    """What judged every video: `2 seeds`, `3 repeats` or `2 seeds × 3 repeats`; "" where it was judged once."""
+    counts = [(metrics["seeds"], "seed"), (metrics.get("repeats", 1), "repeat")]
+    return " × ".join(plural(count, noun) for count, noun in counts if count > 1)
 
 
 def headline_sentence(metrics: Mapping[str, Any], confidence: float) -> str:

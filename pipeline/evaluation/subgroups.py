@@ -80,6 +80,8 @@ def compare_with_rest(
     else:
         result["reason"] = f"no interval: defined in only {len(drawn)} of {replicates} replicates"
     result["p"] = _exchanged(left, right, abs(values[0]), replicates, seed)
+    if result["p"] is None and not result["reason"]:
+        result["reason"] = "no p value, because no two patients of the same classes lie wholly on different sides"
     return result
 
 
@@ -246,8 +248,8 @@ def _section(
     tests = sum((one.get("comparison") or {}).get("p_holm") is not None for _, _, one in judged)
     words.insert(0, (
         "Each sub-group of the videos is judged by itself and compared with all other videos, on the classes that both have. "
-        f"{plural(tests, 'comparison') if tests else 'No comparison'} could be made; p values hold for all of them together (Holm). A "
-        "sub-group of few patients can be much worse without that being shown here: the interval says how much is left open."
+        + (f"{plural(tests, 'comparison')} could be tested; p values hold for all of them together (Holm). " if tests else "No comparison could be tested. ")
+        + "A sub-group of few patients can be much worse without that being shown here: the interval says how much is left open."
     ))
     tables = [_table(context, column, found["levels"]) for column, found in numbers.items() if found["levels"]]
     return Section(KEY, title, words, [_picture(context, numbers)], tables, " ".join(f"{line}." for line in warnings), layout="solo")
@@ -256,7 +258,9 @@ def _section(
 def _table(context: Context, column: str, levels: Mapping[str, Mapping[str, Any]]) -> Table:
     shown = (METRIC_NAMES[METRIC], METRIC_NAMES["macro_auroc"], "Against the rest", "p (Holm)")
     columns = [readable(column).capitalize(), f"{context.unit.capitalize()}s", "Videos", *shown]
-    rows, reasons, bare = [], [], []
+    rows: list[list[Any]] = []
+    reasons: dict[str, list[str]] = {}
+    bare: dict[str, list[str]] = {}
     for level, one in levels.items():
         found = one.get("comparison") or {}
         cells = []
@@ -268,17 +272,22 @@ def _table(context: Context, column: str, levels: Mapping[str, Mapping[str, Any]
         rows.append([level, one["patients"], one["videos"], *cells, gap, p_words(found["p_holm"]).removeprefix("p = ").removeprefix("p ")
                      if found.get("p_holm") is not None else "–"])
         if reason := one["reason"] or found.get("reason"):
-            reasons.append(f"{level}: {reason}")
+            reasons.setdefault(reason, []).append(level)
         if reason := one.get("no_interval"):
-            bare.append(f"{level}: {reason}")
+            bare.setdefault(reason, []).append(level)
     note = f"Per video, {percent(context.config.evaluate.confidence)} intervals over {context.unit}s."
     if reasons:
-        note += f" No value where there is a dash: {'; '.join(reasons)}."
+        note += f" No value where there is a dash: {_listed(reasons)}."
     if bare:
-        note += f" No interval of balanced accuracy: {'; '.join(bare)}. The difference may still have one, since all other videos vary."
+        note += f" No interval of balanced accuracy: {_listed(bare)}. The difference may still have one, since all other videos vary."
     if sum(one["patients"] for one in levels.values()) > context.metrics["patients"]:
         note += f" {context.unit.capitalize()}s add up to more than {context.metrics['patients']}: one with videos in several of these groups counts in each."
     return Table(f"By {readable(column)}", columns, rows, columns[1:], note)
+
+
+def _listed(reasons: Mapping[str, Sequence[str]]) -> str:
+    """`48, 64: fewer than 3 patients; 80: ...`."""
+    return "; ".join(f"{', '.join(levels)}: {reason}" for reason, levels in reasons.items())
 
 
 def _picture(context: Context, numbers: Mapping[str, Any]) -> Picture:
