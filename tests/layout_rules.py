@@ -67,9 +67,8 @@ ORDER = """
     models.published
     models.classifier
     evaluation.metrics evaluation.plots evaluation.features evaluation.neighbors
-    evaluation.curves
     evaluation.weighted
-    evaluation.calibration
+    evaluation.calibration evaluation.curves
     evaluation.statistics evaluation.fold_tests evaluation.phases evaluation.predictions evaluation.feature_plots evaluation.forest
     evaluation.calibration_plots
     evaluation.roc_tests evaluation.decision_tests

@@ -12,7 +12,7 @@ import yaml
 from fake_experiment import FakeExperiment
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
-from pipeline.evaluation.curves import GRID, class_curve
+from pipeline.evaluation.curves import GRID, average_precision_interval, class_curve
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import Scores, auroc, average_precision
 from pipeline.evaluation.statistics import bootstrap_intervals, patient_intervals
@@ -76,7 +76,8 @@ def test_curve__bands_are_percentiles_over_resampled_patients():
         drawn.append(class_curve(part, 1, replicates=2))
     assert curve.roc_band == pytest.approx(np.quantile([one.roc for one in drawn], [0.05, 0.95], axis=0))
     assert curve.pr_band == pytest.approx(np.quantile([one.pr for one in drawn], [0.05, 0.95], axis=0))
-    assert curve.ap_interval == pytest.approx(np.quantile([one.average_precision for one in drawn], [0.05, 0.95]))
+    interval = average_precision_interval([data], 1, replicates=replicates, confidence=0.9, seed=1)
+    assert interval == pytest.approx(np.quantile([one.average_precision for one in drawn], [0.05, 0.95]))
 
 
 def test_curve__what_cannot_be_had_is_said():
@@ -85,7 +86,22 @@ def test_curve__what_cannot_be_had_is_said():
     assert one.roc_band is None and "nothing to resample" in one.reason
     # One patient of 40 shows the class: a third of the draws lack it; with two classes of one patient each, most do.
     rare = class_curve(scores([1, 0], [0.9, 0.2]), 1, replicates=400)
-    assert rare.replicates < 400 and (rare.ap_interval is None) == bool(rare.reason)
+    interval = average_precision_interval([scores([1, 0], [0.9, 0.2])], 1, replicates=400)
+    assert rare.replicates < 400 and (rare.roc_band is None) == (interval is None) == bool(rare.reason)
+    assert average_precision_interval([scores([0, 1], [0.1, 0.2], ["P", "P"])], 1) is None
+
+
+def test_average_precision__mean_of_runs_whose_scores_are_not_comparable():
+    one, rng = noisy(120), np.random.default_rng(2)
+    # The other network ranks as well, but all its scores lie lower: pooled, the ranking would be spoilt.
+    moved = one.probabilities[:, 1] * 0.3 + rng.normal(0, 0.01, 120).clip(-0.02, 0.02)
+    other = Scores(one.labels, np.column_stack([1 - moved, moved]), one.patients, one.classes)
+    pooled = Scores(*(np.concatenate([getattr(run, name) for run in (one, other)]) for name in ("labels", "probabilities", "patients")), one.classes)
+    low, high = average_precision_interval([one, other], 1, replicates=500)
+    single = [average_precision_interval([run], 1, replicates=500) for run in (one, other)]
+    mean = np.mean([average_precision(run.labels == 1, run.probabilities[:, 1]) for run in (one, other)])
+    assert low < mean < high and min(single)[0] <= low and high <= max(pair[1] for pair in single)
+    assert average_precision(pooled.labels == 1, pooled.probabilities[:, 1]) < mean - 0.02
 
 
 def test_part__tables_numbers_and_pictures(tmp_path):

@@ -207,6 +207,8 @@ def test_numbers__repeats_and_seeds_in_every_part_of_the_report(tmp_path):
     brier = ((videos["p_a"] - (videos["label"] == "a")) ** 2 + (videos["p_b"] - (videos["label"] == "b")) ** 2).mean()
     assert metrics["calibration"]["pretrained"]["before"]["brier"] == pytest.approx(brier)
     assert metrics["calibration"]["pretrained"]["items_calibrated"] == 12
+    for values in (one for state in ("before", "after") for one in metrics["calibration"]["random"][state]["per_class"].values()):
+        assert values["slope_low"] < values["slope"] < values["slope_high"] and values["intercept_low"] < values["intercept"] < values["intercept_high"]
 
     assert "3 folds × 2 repeats, mean of 2 seeds" in page
     assert "number of videos (mean of 2 seeds × 2 repeats)" in page and "in the group, all 2 seeds × 2 repeats counted" in page

@@ -129,11 +129,11 @@ def judge(context: Context, init: str, wanted: Sequence[str]) -> Judged:
     numbers: dict[str, Any] = {
         "items_calibrated": sum(one.calibrator.fitted for one in items),
         "items": [_item_numbers(one) for one in items],
-        "before": _state_numbers(context, runs[RAW], scores[RAW], draws[:, group]),
+        "before": _state_numbers(context, runs[RAW], draws),
         "after": None, "difference": None, "answers_changed": 0,
     }
     if changed:
-        numbers["after"] = _state_numbers(context, runs[DONE], scores[DONE], draws[:, group])
+        numbers["after"] = _state_numbers(context, runs[DONE], draws)
         numbers["difference"] = _difference(context, runs)
         numbers["answers_changed"] = int((scores[RAW].probabilities.argmax(1) != scores[DONE].probabilities.argmax(1)).sum())
     numbers["thresholds"] = {name: _threshold_numbers(context, items, name) for name in wanted}
@@ -153,17 +153,19 @@ def judge(context: Context, init: str, wanted: Sequence[str]) -> Judged:
     return Judged(items, numbers, points, curves)
 
 
-def _state_numbers(context: Context, runs: Sequence[Scores], pooled: Scores, weights: np.ndarray) -> dict[str, Any]:
-    """Means over seeds; intervals of log loss, Brier score, slope and intercept over patients (`weights`: [B, N] of `pooled`)."""
+def _state_numbers(context: Context, runs: Sequence[Scores], draws: np.ndarray) -> dict[str, Any]:
+    """Means over seeds and repeats; intervals of log loss, Brier score, slope and intercept over patients (`draws`: [B, G])."""
     settings = context.config.evaluate
     result = average([calibration_metrics(one) for one in runs])
     intervals = patient_intervals(runs, ["log_loss", "brier"], confidence=settings.confidence)
     for name, found in intervals.items():
         result |= {f"{name}_low": found.low, f"{name}_high": found.high}
-    for place, name in enumerate(pooled.classes):
-        lines = calibration_line(pooled.labels == place, pooled.probabilities[:, place], weights)
-        for key, values in zip(("slope", "intercept"), lines, strict=True):
-            low, high = _ends(values, settings.confidence)
+    groups = [np.unique(one.patients, return_inverse=True)[1] for one in runs]
+    for place, name in enumerate(runs[0].classes):
+        # A line each and their mean, as the value is: one line through all would be another, less steep one.
+        lines = [calibration_line(one.labels == place, one.probabilities[:, place], draws[:, group]) for one, group in zip(runs, groups, strict=True)]
+        for key, values in zip(("slope", "intercept"), zip(*lines, strict=True), strict=True):
+            low, high = _ends(np.mean(values, axis=0), settings.confidence)
             result["per_class"][name] |= {f"{key}_low": low, f"{key}_high": high}
     return result
 

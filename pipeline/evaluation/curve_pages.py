@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.evaluation import plots
-from pipeline.evaluation.curves import GRID, Curve, class_curve
+from pipeline.evaluation.curves import GRID, Curve, average_precision_interval, class_curve
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.report import Picture, Section, Table, init_name, number, percent
@@ -33,9 +33,9 @@ def curves_part(context: Context) -> Part:
     settings, classes = context.config.evaluate, context.splits.classes
     videos = context.tables["video"]
     found: dict[str, dict[str, Curve]] = {}
+    options = {"replicates": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
     for init in context.inits:
         scores = Scores.from_table(videos[videos["init"] == init], classes)
-        options = {"replicates": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
         curves = {name: class_curve(scores, position, **options) for position, name in enumerate(classes)}
         found[init] = {name: curve for name, curve in curves.items() if curve is not None}
     _write(context, found)
@@ -44,7 +44,8 @@ def curves_part(context: Context) -> Part:
         runs = list(Scores.by_run(videos[videos["init"] == init], classes).values())
         areas = patient_intervals(runs, [f"auroc.{name}" for name in curves], confidence=settings.confidence)
         values = context.metrics[init]["video"]["per_class"]
-        numbers[init] = {name: _numbers(values[name], curves.get(name), areas.get(f"auroc.{name}")) for name in classes}
+        precisions = {name: average_precision_interval(runs, classes.index(name), **options) for name in curves}
+        numbers[init] = {name: _numbers(values[name], curves.get(name), areas.get(f"auroc.{name}"), precisions.get(name)) for name in classes}
     return Part("curves", numbers, _section(context, found, numbers))
 
 
@@ -65,10 +66,10 @@ def _write(context: Context, found: Mapping[str, Mapping[str, Curve]]) -> None:
         atomic_write(context.output / file, table.to_csv(index=False, lineterminator="\n"))
 
 
-def _numbers(measured: Mapping[str, Any], curve: Curve | None, area: Interval | None) -> dict[str, Any]:
-    """Areas as in the metrics (means over seeds): AUROC with its interval as in all tables, average precision with that of the pooled curve."""
+def _numbers(measured: Mapping[str, Any], curve: Curve | None, area: Interval | None, precision: tuple[float, float] | None) -> dict[str, Any]:
+    """Areas as in the metrics, means over seeds and repeats: AUROC with its interval as in all tables, average precision with percentiles."""
     own = (area.low, area.high) if area and area.low is not None and area.high is not None else None
-    ends = {"auroc": own, "average_precision": curve.ap_interval if curve else None}
+    ends = {"auroc": own, "average_precision": precision}
     values = {"auroc": measured["auroc"], "average_precision": measured["auprc"]}
     result: dict[str, Any] = {}
     for key, value in values.items():
@@ -110,7 +111,7 @@ def _section(context: Context, found: Mapping[str, Mapping[str, Curve]], numbers
     reasons = sorted({one["reason"] for init in inits for one in numbers[init].values() if one["reason"]})
     note = (
         f"Brackets: {percent(confidence)} intervals over {unit}s, for AUROC as in all tables, for average precision percentiles of the bootstrap that "
-        "gives the bands; these are too narrow with few of them. Several seeds or repeats: the value is their mean, curves and bands pool them."
+        "gives the bands; these are too narrow with few of them. Several seeds or repeats: values are means of them, curves and bands pool them."
         + (f" No interval: {'; '.join(reasons)}." if reasons else "")
     )
     pooled = (
