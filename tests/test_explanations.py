@@ -136,6 +136,23 @@ def test_part__pictures_and_numbers(tmp_path):
     assert [(path.name, path.read_bytes()) for path in sorted((tmp_path / "out/pictures").glob("look_*"))] == first
 
 
+def test_part__a_map_stands_beside_the_answer_of_its_own_network(tmp_path):
+    """The first of two networks is wrong about every video, the other one is surer of the truth."""
+    fake = FakeExperiment(tmp_path, seeds=[0, 1], params={"evaluate": {"bootstrap": 100, "explanations": 4}})
+    with_weights(fake)
+    for folder in fake.folders:
+        def change(table):
+            chance = np.where(table["seed"] == 0, 0.4, 0.99)
+            table["p_a"] = np.where(table["label"] == "a", chance, 1 - chance)
+            table["p_b"] = 1 - table["p_a"]
+            return table
+
+        fake.edit_table(folder.name, change)
+    _, section = run(fake, fake.store())
+    assert section.count("Wrong: predicted") == 2 and "Right: predicted" not in section and "(0.60)" in section
+    assert "explained by the pretrained network (of 2 seeds the first) of its own fold" in section
+
+
 def test_part__heat_on_black_borders_is_a_warning():
     numbers = {"outside_heat": 0.5, "outside_area": 0.3}
     assert "may be reading the border" in explanations._warning(numbers)

@@ -164,6 +164,27 @@ def test_report__says_what_a_clinician_needs(written):
     assert "Not for diagnosis" in page.text and "synthetic" not in page.text
 
 
+def test_errors__are_those_of_the_networks_and_not_of_their_mean(tmp_path):
+    """Each of three networks is wrong, and not very sure, about another third of the videos: their mean would be right everywhere."""
+    fake = FakeExperiment(tmp_path, seeds=[0, 1, 2])
+    for folder in fake.folders:
+        def change(table):
+            wrong = (table["video"].map(lambda video: int(video[:8], 16) + int(video[8:], 16)) + table["seed"]) % 3 == 0
+            chance = np.where(wrong, 0.45, 0.95)
+            table["p_a"] = np.where(table["label"] == "a", chance, 1 - chance)
+            table["p_b"] = 1 - table["p_a"]
+            return table
+
+        fake.edit_table(folder.name, change)
+    text, metrics = make(fake)
+    page = Page(text)
+    assert metrics["pretrained"]["video"]["accuracy"] == pytest.approx(2 / 3)
+    assert "one of them judges 8 of 24 videos wrongly on average" in page.text
+    assert "No video was judged wrongly by most of its networks." in page.text and "No video was judged wrongly." not in page.text
+    assert page.text.count("2 of 3 networks right") == 4 and "right in 3 of 3" in page.text
+    assert "1.3 of 2" in page.text, "videos right of a patient: two videos, each right in two of three networks"
+
+
 def test_report__numbers_are_right_aligned(written):
     text, _, page = written
     assert re.search(r"th\.n, td\.n \{ text-align:right", text)
@@ -287,7 +308,7 @@ def test_headline__reads_as_specified():
         (-0.2, -0.02, 0.01, "No"),
         (-0.1, 0.2, 0.4, "Not shown"),
         (0.01, 0.2, 0.08, "Not shown"),
-        (None, None, None, "Unknown"),
+        (None, None, 1.0, "Not shown"),
     ],
 )
 def test_verdict__needs_interval_and_test(low, high, p, answer):
@@ -302,6 +323,14 @@ def test_verdict__needs_interval_and_test(low, high, p, answer):
 
 def test_verdict__nothing_compared():
     assert verdict(None, 0.95) is None
+
+
+def test_verdict__says_why_something_is_missing():
+    ends = {"balanced_accuracy_low": None, "balanced_accuracy_high": None}
+    unknown = verdict({"balanced_accuracy": None, **ends, "balanced_accuracy_reason": "a class has no patient"}, 0.95)
+    assert unknown["answer"] == "Unknown" and unknown["sentence"] == "The difference could not be computed: a class has no patient."
+    same = verdict({"balanced_accuracy": 0.0, **ends, "balanced_accuracy_p": 1.0, "balanced_accuracy_reason": "all patients alike"}, 0.95)
+    assert "p > 0.99" in same["sentence"] and same["sentence"].endswith("There is no interval: all patients alike.")
 
 
 def test_cautions__no_error_is_no_proof(tmp_path):

@@ -123,7 +123,8 @@ def _words(context: Context, first: Judged) -> list[str]:
         if chosen:
             fitted += f"The same {unit}s chose the {chosen}, which makes certainty look a little better there than on new {unit}s. "
         fitted += (
-            "It changes no answer, so all other numbers of this report hold for it too." if not first.numbers["answers_changed"] else
+            "It changes the answer for no video, so accuracy, F1 and confusion per video hold for it too; AUROC and what is averaged per "
+            f"{unit}, where probabilities themselves count, may differ a little." if not first.numbers["answers_changed"] else
             f"It changes the answer for {plural(first.numbers['answers_changed'], 'video')}; all other numbers of this report are those of the "
             "network as it is."
         )
@@ -133,7 +134,7 @@ def _words(context: Context, first: Judged) -> list[str]:
         fitted += f"{_reasons(first.items)}."
     benefit = (
         "The decision curve counts what acting on the network gains: videos rightly called, minus videos wrongly called at the price that the threshold "
-        "stands for (at 0.2, four wrong calls outweigh one right one). The network is worth using only at thresholds where its line lies above both "
+        "stands for (at 0.2, four wrong calls cancel one right one). The network is worth using only at thresholds where its line lies above both "
         "calling everyone and calling no one. The share of each class here is that of this collection, not of a clinic; net benefit and predictive "
         "values change with it."
     )

@@ -67,16 +67,30 @@ TECHNICAL = (
 
 
 def judged_videos(videos: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """One row a video of one initialisation, probabilities averaged over seeds and repeats (and, in a split by frame, over the
-    folds that each test some of its frames): columns video, patient, label, fold (of the first repeat), p_<class>, predicted,
-    certainty (of the predicted class) and correct."""
+    """One row a video of one initialisation: columns video, patient, label, and those of `_joined`."""
+    return _joined(videos, ["video", "patient", "label"], classes)
+
+
+def _joined(table: pd.DataFrame, keys: list[str], classes: Sequence[str]) -> pd.DataFrame:
+    """One row a unit: the answer that most of its networks gave (one a seed and repeat; in a split by frame one a fold that
+    tests some of its frames), not that of their mean, which is a network that nobody trained.
+
+    Columns: `keys` (label among them), fold (of the first repeat), p_<class> (means), predicted (of equally many answers the more probable one),
+    certainty (mean probability of the predicted class), networks, right (how many of them were), correct.
+    """
     columns = probability_columns(classes)
-    joined = videos.groupby(["video", "patient", "label"], as_index=False).agg({"fold": "min", **dict.fromkeys(columns, "mean")})
-    values = joined[columns].to_numpy()
-    joined["predicted"] = [classes[index] for index in values.argmax(axis=1)]
-    joined["certainty"] = values.max(axis=1)
+    answers = np.eye(len(classes))[table[columns].to_numpy().argmax(axis=1)]
+    votes = [f"votes {name}" for name in columns]
+    table = pd.concat([table[[*keys, "fold", *columns]], pd.DataFrame(answers, table.index, votes)], axis=1)
+    joined = table.groupby(keys, as_index=False).agg({"fold": "min", **dict.fromkeys(columns, "mean"), **dict.fromkeys(votes, "sum")})
+    counts, values, rows = joined[votes].to_numpy(), joined[columns].to_numpy(), np.arange(len(joined))
+    chosen = (counts + values / 2).argmax(axis=1)
+    joined["predicted"] = [classes[index] for index in chosen]
+    joined["certainty"] = values[rows, chosen]
+    joined["networks"] = counts.sum(axis=1).astype(int)
+    joined["right"] = counts[rows, [classes.index(name) for name in joined["label"]]].astype(int)
     joined["correct"] = joined["predicted"] == joined["label"]
-    return joined
+    return joined.drop(columns=votes)
 
 
 def choose_cases(
@@ -91,7 +105,7 @@ def choose_cases(
 
     Returns:
         Wrong and right cases: images (uint8 arrays), frames, video, patient, fold, truth, predicted, probabilities
-        [(class, p)], probability, correct.
+        [(class, p)], probability, correct, networks, networks_right.
     """
     wrong = judged[~judged["correct"]].sort_values(["certainty", "video"], ascending=[False, True]).head(MAX_WRONG)
     right: list[pd.Series] = []
@@ -116,6 +130,8 @@ def choose_cases(
             "predicted": row["predicted"],
             "probability": float(row["certainty"]),
             "correct": bool(row["correct"]),
+            "networks": int(row["networks"]),
+            "networks_right": int(row["right"]),
             "probabilities": [(name, float(row[f"p_{name}"])) for name in classes],
         }
 
@@ -269,14 +285,9 @@ def _fold_name(splits: Splits, fold: Fold) -> str:
 
 def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequence[str], unit: str) -> Table:
     """Every (patient, label): how many of its videos were right, and the joint judgement; errors first."""
-    counts = judged.groupby(["patient", "label"])["correct"].agg(["sum", "count"])
-    columns = probability_columns(classes)
-    joined = patients.groupby(["patient", "label"], as_index=False).agg({"fold": "min", **dict.fromkeys(columns, "mean")})
-    values = joined[columns].to_numpy()
-    joined["predicted"] = [classes[index] for index in values.argmax(axis=1)]
-    joined["certainty"] = values.max(axis=1)
-    joined["wrong"] = joined["predicted"] != joined["label"]
-    joined = joined.sort_values(["wrong", "certainty", "patient"], ascending=[False, False, True])
+    counts = judged.assign(share=judged["right"] / judged["networks"]).groupby(["patient", "label"])["share"].agg(["sum", "count"])
+    joined = _joined(patients, ["patient", "label"], classes).sort_values(["correct", "certainty", "patient"], ascending=[True, False, True])
+    several = bool((joined["networks"] > 1).any())
     rows = []
     for row in joined.head(MAX_PATIENTS).to_dict("records"):
         right, total = counts.loc[(row["patient"], row["label"])]
@@ -287,13 +298,14 @@ def patient_table(patients: pd.DataFrame, judged: pd.DataFrame, classes: Sequenc
                 row["label"],
                 row["predicted"],
                 number(row["certainty"]),
-                f"{right} of {total}",
-                "wrong" if row["wrong"] else "right",
+                f"{round(right, 1):g} of {int(total)}",
+                f"right in {row['right']} of {row['networks']}" if several else "right" if row["correct"] else "wrong",
             ]
         )
     note = f"The first {MAX_PATIENTS} of {len(joined)} are shown." if len(joined) > MAX_PATIENTS else ""
-    if patients["repeat"].nunique() > 1:
-        note = f"Means over repeats; the fold is that of the first. {note}".strip()
+    if several:
+        words = "Predicted: by most of the networks that judged, with the mean of their probabilities; videos right: mean number"
+        note = f"{words}{'; the fold is that of the first repeat' if patients['repeat'].nunique() > 1 else ''}. {note}".strip()
     names = [unit.capitalize(), "Fold", "Truth", "Predicted", "Probability", "Videos right", "Judged"]
     return Table(f"Every {unit}, errors first", names, rows, ["Fold", "Probability", "Videos right"], note)
 

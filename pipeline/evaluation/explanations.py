@@ -23,7 +23,7 @@ from pipeline.data.transforms import evaluation_view, render, resize_frame
 from pipeline.evaluation import content
 from pipeline.evaluation.parts import Context, Part
 from pipeline.evaluation.predictions import Item
-from pipeline.evaluation.report import Picture, Section, network_words, number, percent, plural
+from pipeline.evaluation.report import Picture, Section, network_words, number, percent, plural, run_words
 from pipeline.export.facts import LIBRARY_HEADS
 from pipeline.files import atomic_write
 
@@ -46,7 +46,7 @@ GOOD, BAD, EDGE = (27, 110, 60), (166, 26, 26), (92, 196, 214)
 
 @dataclass(frozen=True)
 class _Case:
-    """One frame of one test video, as its fold's network receives it."""
+    """One frame of one test video, as its fold's network receives it, and what that network answered."""
 
     row: Mapping[str, Any]
     """Of `content.judged_videos`."""
@@ -76,7 +76,11 @@ def explanations_part(context: Context) -> Part | None:
     from pipeline.evaluation.saliency import load_network, random_network
 
     init = context.inits[0]
-    judged = content.judged_videos(context.tables["video"][context.tables["video"]["init"] == init], context.splits.classes)
+    videos = context.tables["video"]
+    # One network's own answers: maps of one under the verdict of several would explain what it did not say.
+    own = videos[(videos["init"] == init) & (videos["seed"] == _first_seed(context)) & (videos["repeat"] == videos["repeat"].min())]
+    own = own[own["fold"] == own.groupby("video")["fold"].transform("min")]
+    judged = content.judged_videos(own, context.splits.classes)
     frames = context.tables["frame"][context.tables["frame"]["init"] == init]
     shown = _shown(judged, frames, context)
     some = judged.sort_values(["fold", "video"]).iloc[np.unique(np.linspace(0, len(judged) - 1, MEASURED).round().astype(int))]
@@ -104,10 +108,14 @@ def _card(item: Item) -> dict[str, Any]:
     return item.card.model_dump()
 
 
+def _first_seed(context: Context) -> int:
+    return next(item.card.seed for item in context.items if item.card.init == context.inits[0])
+
+
 def _usable(context: Context) -> tuple[dict[int, Item], str]:
     """Item by fold (headline initialisation, first seed), and why nothing can be shown ("" when something can)."""
-    own = [item for item in context.items if item.card.init == context.inits[0]]
-    items = {item.card.fold: item for item in own if item.card.seed == own[0].card.seed}
+    init, seed = context.inits[0], _first_seed(context)
+    items = {item.card.fold: item for item in context.items if (item.card.init, item.card.seed) == (init, seed)}
     if context.store is None:
         return items, "the frames are not there, only predictions"
     lacking = [item.name for item in items.values() if not (item.folder / "model.safetensors").is_file()]
@@ -228,11 +236,16 @@ def _section(context: Context, cases: Sequence[_Case], found: Mapping[str, Any],
         alt = f"Frame {case.frame} of video {row['video']}, class {row['label']}, judged {word}ly as {row['predicted']}, and the same frame under its heat map."
         pictures.append(Picture(path, alt + outside, said + outside))
     return Section(
-        "look", TITLE, _words(found, card, context.unit, network_words(context.metrics, found["init"])), pictures,
+        "look", TITLE, _words(found, card, context.unit, _networks(context, found["init"])), pictures,
         warning=_warning(found), after="errors", layout="pair",
         note="Left the frame as the network received it, right the same frame with its map, bright where the heat is; the line is the edge of the "
         "scan area. Chosen by certainty: the most certain errors, then the most certain right answers of each class.",
     )
+
+
+def _networks(context: Context, init: str) -> str:
+    words = network_words(context.metrics, init)
+    return f"{words} (of {run_words(context.metrics)} the first)" if run_words(context.metrics) else words
 
 
 def _words(found: Mapping[str, Any], card: Mapping[str, Any], unit: str, network: str) -> list[str]:

@@ -100,6 +100,7 @@ def write_pages(config: Config, splits: Splits, store: FrameStore | None, result
         wrong=wrong,
         right=right,
         wrong_total=int((~judged["correct"]).sum()),
+        wrong_mean=float((1 - judged["right"] / judged["networks"]).sum()),
         parameters=sorted(shown_params(config).items()),
         commands=commands(),
         seeds=_seeds(config),

@@ -124,6 +124,9 @@ class ReportContent:
     wrong: Sequence[Mapping[str, Any]] = ()
     right: Sequence[Mapping[str, Any]] = ()
     wrong_total: int = 0
+    """Videos that most of their networks judge wrongly."""
+    wrong_mean: float = 0.0
+    """Videos that one network judges wrongly, mean over seeds and repeats."""
     parameters: Sequence[tuple[str, str]] = ()
     commands: Sequence[tuple[str, str]] = ()
     seeds: str = ""
@@ -237,17 +240,13 @@ def verdict(difference: Mapping[str, Any] | None, confidence: float) -> dict[str
     if not difference:
         return None
     gain, low, high = (difference.get(f"balanced_accuracy{end}") for end in ("", "_low", "_high"))
-    if gain is None or low is None or high is None:
-        return {
-            "answer": "Unknown",
-            "kind": "open",
-            "sentence": "The difference could not be computed: too few patients.",
-        }
-    p_value = difference.get("balanced_accuracy_p")
-    numbers = (
-        f"{signed(gain)} balanced accuracy per video against the same network without pretraining "
-        f"({percent(confidence)} interval {signed(low)} to {signed(high)}, {p_words(p_value)})"
-    )
+    p_value, reason = difference.get("balanced_accuracy_p"), difference.get("balanced_accuracy_reason", "")
+    if gain is None:
+        return {"answer": "Unknown", "kind": "open", "sentence": f"The difference could not be computed{reason and f': {reason}'}."}
+    against = f"{signed(gain)} balanced accuracy per video against the same network without pretraining"
+    if low is None or high is None:
+        return {"answer": "Not shown", "kind": "open", "sentence": f"{against} ({p_words(p_value)}). There is no interval{reason and f': {reason}'}."}
+    numbers = f"{against} ({percent(confidence)} interval {signed(low)} to {signed(high)}, {p_words(p_value)})"
     clear = p_value is not None and p_value <= 1 - confidence
     if low > 0 and clear:
         return {"answer": "Yes", "kind": "yes", "sentence": f"{numbers}. The whole interval lies above zero."}
@@ -386,7 +385,7 @@ def page_environment() -> Environment:
     )
     jinja.filters.update(number=number, signed=signed, percent=percent, png=png_uri, frame=frame_uri, shown=shown_size)
     jinja.globals.update(plural=plural, fold_words=fold_words, interval_words=interval_words, metric_names=METRIC_NAMES, p_words=p_words)
-    jinja.globals.update(init_name=init_name, network_words=network_words)
+    jinja.globals.update(init_name=init_name, network_words=network_words, run_words=run_words)
     return jinja
 
 
