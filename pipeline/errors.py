@@ -6,10 +6,18 @@ Every message names the key or file, what was found, what is allowed, and what t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
 from unicodedata import category
 
 LONGEST_LINE = 1500
 """Characters of one line of a message; file names and lists of names have room in it."""
+
+
+def some(names: Iterable[Any], limit: int = 4) -> str:
+    """`a, b, c, d and 4 more`: a list in a message."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 class PipelineError(Exception):

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError, some
 from pipeline.evaluation.compare import with_holm
 from pipeline.evaluation.compare_numbers import Difference, Measured, difference
 from pipeline.evaluation.compare_rules import same_rules, told_apart
-from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment, some
+from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment
 from pipeline.evaluation.compare_tables import NAMES
 from pipeline.registry import did_you_mean
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ConfigError, DataError, LeakageError
+from pipeline.errors import ConfigError, DataError, LeakageError, some
 from pipeline.files import read_json, write_json
 
 __all__ = ["FRAME_LEVEL", "OPTIMISTIC", "SCHEMA", "VIDEO_LEVEL", "Fold", "InnerFold", "Splits"]
@@ -248,11 +248,7 @@ class Splits:
             left, right = ([video for video in part if self.groups[video] == group] for part in (first, second))
             what = "patient" if group.startswith("P") else "group"
             raise LeakageError(
-                f"split: {what} {group} is on two sides: {first_name} ({_some(left)}) and {second_name} "
-                f"({_some(right)}); "
+                f"split: {what} {group} is on two sides: {first_name} ({some(left)}) and {second_name} "
+                f"({some(right)}); "
                 f"{len(shared)} such groups. Videos of one patient, and copies of one recording, must stay together."
             )
-
-
-def _some(values: Sequence[str], shown: int = 4) -> str:
-    return ", ".join(values[:shown]) + (f" and {len(values) - shown} more" if len(values) > shown else "")

@@ -17,14 +17,11 @@ from pipeline.data.given_splits import GivenSplit, read_given_split
 from pipeline.data.grouping import group_videos
 from pipeline.data.manifest import Manifest
 from pipeline.data.splits import Fold, InnerFold, Splits
-from pipeline.errors import DataError
+from pipeline.errors import DataError, some
 from pipeline.registry import did_you_mean
 
 __all__ = ["make_splits"]
 
-
-def _some(values: Sequence[str], shown: int = 4) -> str:
-    return ", ".join(values[:shown]) + (f" and {len(values) - shown} more" if len(values) > shown else "")
 
 
 @dataclass
@@ -262,7 +259,7 @@ def _warn_unknown_patients(
         warnings.append(
             f"{len(alone)} of {len(labels)} labelled videos have no patient and count as a patient each, so that "
             "clips of one "
-            f"person may lie on both sides of a fold: {_some(alone)}. Fill data.patient_column."
+            f"person may lie on both sides of a fold: {some(alone)}. Fill data.patient_column."
         )
     if blocked:
         warnings.append(
@@ -304,7 +301,7 @@ def _given_folds(given: GivenSplit, manifest: Manifest, config: Config, draft: _
     left_out = {row.video: "class not in use" for row in manifest.rows if row.label and row.video not in draft.labels}
     resolved, dropped = given.resolve(manifest, draft.labels, left_out, config.data.pseudonym_key)
     if dropped:
-        draft.warnings.append(f"{len(dropped)} videos of split.file have a class that is not in use: {_some(dropped)}")
+        draft.warnings.append(f"{len(dropped)} videos of split.file have a class that is not in use: {some(dropped)}")
     folds, size = [], config.split.per_repeat
     for number, part in enumerate(resolved):
         tested = set(part.test)

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, some
 from pipeline.evaluation.compare_numbers import METRICS, Difference, Measured, difference
 from pipeline.evaluation.compare_rules import SEEDS, Group, joined, same_rules, tables_of, together, unequal
-from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment, some
+from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment
 from pipeline.evaluation.statistics import Interval, holm
 from pipeline.registry import did_you_mean
 

@@ -10,8 +10,8 @@ from itertools import combinations
 
 import pandas as pd
 
-from pipeline.errors import DataError
-from pipeline.evaluation.compare_sources import Experiment, some
+from pipeline.errors import DataError, some
+from pipeline.evaluation.compare_sources import Experiment
 
 __all__ = ["SEEDS", "Group", "joined", "same_rules", "tables_of", "together", "told_apart", "unequal"]
 

@@ -21,13 +21,13 @@ import pandas as pd
 import yaml
 
 from pipeline.config import Config, load_config, pretraining_name
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, some
 from pipeline.registry import METHODS, did_you_mean
 from pipeline.tracking import tracking_uri
 from pipeline.tracking_context import flatten
 from pipeline.tracking_store import EXECUTION, LEVEL, connect
 
-__all__ = ["LEVELS", "Experiment", "Finder", "Level", "read_experiment", "some"]
+__all__ = ["LEVELS", "Experiment", "Finder", "Level", "read_experiment"]
 
 Level = Literal["video", "patient", "frame"]
 RESULTS = "reports/evaluate"
@@ -38,7 +38,6 @@ LEVELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """By level: the file, and the columns that name a unit. A patient is judged once for each label his videos carry."""
 HASH = re.compile(r"[0-9a-f]{32}")
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,6 @@ class _Found:
 
     texts: Mapping[str, str]
     params: Mapping[str, str]
-
-
-def some(names: Iterable[Any], limit: int = SHOWN) -> str:
-    """`a, b, c and 4 more`."""
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 class Finder:

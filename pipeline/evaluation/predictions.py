@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.data.splits import Splits
-from pipeline.errors import DataError, LeakageError
+from pipeline.errors import DataError, LeakageError, some
 
 __all__ = ["Item", "ItemCard", "check_items", "item_name", "read_items", "test_rows"]
 
@@ -337,8 +337,7 @@ def _check_labels(item: Item, splits: Splits) -> None:
 def _some(names: Sequence[str], noun: str = "", limit: int = 8) -> str:
     """`video a, b, c and 4 more`."""
     plural = f"{noun}{'s' if noun and len(names) > 1 else ''} " if noun else ""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return plural + ", ".join(names[:limit]) + more
+    return plural + some(names, limit)
 
 
 def test_rows(items: Sequence[Item], splits: Splits) -> pd.DataFrame:
