@@ -12,6 +12,7 @@ from scipy import stats
 from scipy.special import expit, logit
 
 from pipeline.errors import DataError
+from pipeline.evaluation import statistics
 from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.statistics import (
     METRICS,
@@ -194,6 +195,20 @@ def test_permutation__exact_p_value_equals_brute_force() -> None:
     assert result.difference == pytest.approx(differences[0])
     assert result.p_value == pytest.approx(np.mean(np.abs(differences) >= abs(differences[0]) - 1e-12))
     assert result.replicates == 256
+
+
+def test_permutation__in_parts_gives_what_all_at_once_gives_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [(12, "macro_auroc"), (30, "balanced_accuracy"), (31, "log_loss")]
+    pairs = [(make_scores(1, patients=count, skill=0.9), make_scores(2, patients=count, skill=0.8)) for count, _ in cases]
+    # Numbers of the program that drew all exchanges at once.
+    whole = [permutation_test(*pair, name, permutations=5000, seed=3) for pair, (_, name) in zip(pairs, cases, strict=True)]
+    assert [(one.p_value, one.replicates) for one in whole] == [(0.4287109375, 4096), (0.22615476904619075, 5000), (0.042191561687662464, 5000)]
+    monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 1000)
+    largest: list[int] = []
+    values = WeightedMetrics.values
+    monkeypatch.setattr(WeightedMetrics, "values", lambda self, weights, *rest: (largest.append(weights.size), values(self, weights, *rest))[1])
+    assert [permutation_test(*pair, name, permutations=5000, seed=3) for pair, (_, name) in zip(pairs, cases, strict=True)] == whole
+    assert max(largest) <= 1000
 
 
 def test_permutation__same_model_has_p_one_and_sampled_p_is_never_zero() -> None:

@@ -240,16 +240,20 @@ def permutation_test(
     if observed is None:
         return Comparison(None, None, None, None, count, 0, 0, "metric not defined (a class is absent)")
     exact = 2**count <= permutations if count < 63 else False
-    if exact:
-        swap = ((np.arange(2**count)[:, None] >> np.arange(count)) & 1).astype(np.float64)
-    else:
-        swap = np.random.default_rng(seed).integers(0, 2, (permutations, count)).astype(np.float64)
+    total = 2**count if exact else permutations
     if len(left.runs) != len(right.runs):
         raise DataError(f"comparison: {len(left.runs)} and {len(right.runs)} runs cannot be exchanged for one another")
     joined = [_join(one, two) for one, two in zip(left.runs, right.runs, strict=True)]
     both = WeightedRuns(joined, [f"{side}{name}" for side in "01" for name in left.patients])
-    kept, other = np.concatenate([1 - swap, swap], axis=1), np.concatenate([swap, 1 - swap], axis=1)
-    drawn = both.values(kept, [metric])[metric] - both.values(other, [metric])[metric]
+    drawn = np.empty(total)
+    rng = np.random.default_rng(seed)
+    # Weights have a column for each patient of each model, confusion matrices C x C; a generator gives the same numbers part by part as at once.
+    step = max(1, CHUNK_ELEMENTS // max(2 * count, len(both.runs[0].classes) ** 2))
+    for begin in range(0, total, step):
+        rows = np.arange(begin, min(begin + step, total))
+        swap = ((rows[:, None] >> np.arange(count)) & 1 if exact else rng.integers(0, 2, (len(rows), count))).astype(np.float64)
+        kept, other = np.concatenate([1 - swap, swap], axis=1), np.concatenate([swap, 1 - swap], axis=1)
+        drawn[rows] = both.values(kept, [metric])[metric] - both.values(other, [metric])[metric]
     defined = drawn[np.isfinite(drawn)]
     # Equal differences must count as equal although they were added up in another order.
     extreme = int((np.abs(defined) >= abs(observed) - 1e-12).sum())
