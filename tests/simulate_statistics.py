@@ -24,6 +24,7 @@ from pipeline.evaluation.fold_tests import corrected_resampled_t
 from pipeline.evaluation.metrics import Scores
 from pipeline.evaluation.roc_tests import delong, delong_test
 from pipeline.evaluation.statistics import bootstrap_intervals, paired_bootstrap, patient_intervals, permutation_test
+from pipeline.evaluation.subgroups import compare_with_rest
 from pipeline.evaluation.weighted import WeightedMetrics, draw_patients
 
 CLASSES = ("a", "b", "c")
@@ -130,6 +131,31 @@ def false_alarms(patients: int, skill: float, trials: int, *, replicates: int = 
     return dict(result)
 
 
+def subgroup_false_alarms(patients: int, skill: float, trials: int, *, replicates: int = 400, seed: int = 0) -> Hits:
+    """The same for a sub-group, 40 % of the patients drawn by lot, against the rest; NaN where there was no answer."""
+    rng, result = np.random.default_rng([seed, patients]), defaultdict(list)
+    for trial in range(trials):
+        (scores,) = models(rng, patients, [skill])
+        chosen = np.isin(scores.patients, rng.choice(np.unique(scores.patients), round(0.4 * patients), replace=False))
+        inside, rest = (Scores(scores.labels[part], scores.probabilities[part], scores.patients[part], CLASSES) for part in (chosen, ~chosen))
+        found = compare_with_rest(inside, rest, replicates=replicates, seed=trial)
+        low, high = (np.nan if found[end] is None else found[end] for end in ("difference_low", "difference_high"))
+        result["permutation, patients"].append(np.nan if found["p"] is None else found["p"] <= 0.05)
+        result["0 outside the interval"].append(np.nan if np.isnan(low) else not low <= 0 <= high)
+        # Like is compared with like only where both sides have the same classes.
+        low, high = _plain_gap(inside, rest, replicates, trial) if set(inside.labels) == set(rest.labels) else (np.nan, np.nan)
+        result["0 outside plain percentiles"].append(np.nan if np.isnan(low) else not low <= 0 <= high)
+    return dict(result)
+
+
+def _plain_gap(inside: Scores, rest: Scores, replicates: int, seed: int) -> tuple[float, float]:
+    """Textbook interval of the difference in balanced accuracy between two sets of patients."""
+    people = sorted({*inside.patients.tolist(), *rest.patients.tolist()})
+    weights = draw_patients(len(people), replicates, seed)
+    left, right = (WeightedMetrics(scores, people).values(weights, METRICS[:1])[METRICS[0]] for scores in (inside, rest))
+    return tuple(np.nanquantile(left - right, [0.025, 0.975]))
+
+
 def fold_false_alarms(patients: int, trials: int, *, folds: int = 5, repeats: int = 5, seed: int = 0) -> Hits:
     """The same for tests over the folds of a cross-validation in which two equally good methods are really trained.
 
@@ -204,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table("interval", {count: part[0] for count, part in found.items()}, {count: part[1] for count, part in found.items()}), flush=True)
     print(f"\nTests of two equally good models: % of {trials} studies with p <= 0.05 (5 is right)\n")
     print(table("test", {count: false_alarms(count, SKILLS["middling"], trials) for count in SIZES}), flush=True)
+    print(f"\nA sub-group no better or worse than the rest: % of {trials} studies that say otherwise at 5 % (5 is right)\n")
+    print(table("balanced accuracy", {count: subgroup_false_alarms(count, SKILLS["middling"], trials) for count in SIZES}), flush=True)
     print(f"\nTests over folds of two equally good, really trained methods: % of {2 * trials} studies with p <= 0.05 (5 is right)\n")
     print(table("test", {count: fold_false_alarms(count, 2 * trials) for count in SIZES}))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import stats
-from simulate_statistics import coverage, false_alarms, fold_false_alarms, share, table
+from simulate_statistics import coverage, false_alarms, fold_false_alarms, share, subgroup_false_alarms, table
 
 
 def bounds(rate: float, trials: int) -> tuple[float, float]:
@@ -39,6 +39,14 @@ def test_tests__raise_false_alarms_as_often_as_they_say() -> None:
         if "patients" in name or "interval" in name:
             assert rate <= high, name
     assert found["AUROC: DeLong, clips"] > found["AUROC: DeLong, patients"]
+
+
+def test_subgroups__differ_from_the_rest_by_chance_as_often_as_they_say() -> None:
+    trials = 300
+    found = {name: share(hits)[0] for name, hits in subgroup_false_alarms(30, 1.5, trials, replicates=300, seed=2).items()}
+    _, high = bounds(0.05, trials)
+    assert found["0 outside the interval"] <= high and found["permutation, patients"] <= high
+    assert found["0 outside the interval"] < 0.7 * found["0 outside plain percentiles"]
 
 
 def test_fold_tests__only_the_corrected_t_survives_overlapping_training_sets() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_experiment import FakeExperiment
+from scipy import stats
 
 from pipeline.config import Config
 from pipeline.data import attributes
@@ -28,6 +29,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.metrics import Scores, classification_metrics
 from pipeline.evaluation.subgroups import compare_with_rest, subgroups_part
+from pipeline.evaluation.weighted import influence
 from pipeline.parameters import DataParams
 
 
@@ -92,6 +94,12 @@ def test_table__no_interval_has_its_reason_and_patients_of_two_groups_are_explai
     assert "Patients add up to more than 12: one with videos in several of these groups counts in each." in page
 
 
+def test_table__a_difference_without_interval_has_its_reason(tmp_path):
+    fake = experiment(tmp_path, "site", patients=24, skill={"pretrained": 0.5})
+    _, page, _ = judged(fake, {"site": {video: "few" if int(video[:8], 16) in (0, 2, 4, 6, 1) else "many" for video in fake.labels}})
+    assert "No interval of the difference: few, many: on one side class b comes from 1 patient: how patients differ cannot be seen." in page
+
+
 def test_levels__seeds_are_averaged_as_in_the_main_table(tmp_path):
     fake = experiment(tmp_path, "probe", patients=48, seeds=[0, 1])
     metrics, _, _ = judged(fake, {"probe": {video: "linear" if int(video[:8], 16) < 24 else "convex" for video in fake.labels}})
@@ -114,6 +122,28 @@ def test_null__the_test_keeps_its_level_with_unequal_classes():
         inside, rest = (Scores(labels[part], scores.probabilities[part], scores.patients[part], ("a", "b")) for part in (slice(24), slice(24, 48)))
         rejected += compare_with_rest(inside, rest, replicates=199)["p"] <= 0.05
     assert rejected <= 15  # 7.5 expected; 16 or more come once in 200 times
+
+
+def test_comparison__interval_is_widened_as_that_of_two_samples():
+    """One unit a patient: the widening is that of Welch's test, each class of each side with its own n / (n - 1)."""
+    labels = np.repeat([0, 1, 0, 1], [6, 5, 9, 10])
+    right = np.arange(30) % 3 > 0
+    scores = Scores(labels, np.eye(2)[np.where(right, labels, 1 - labels)], np.array([f"P{i:02d}" for i in range(30)]), ("a", "b"))
+    inside, rest = (Scores(labels[part], scores.probabilities[part], scores.patients[part], ("a", "b")) for part in (slice(11), slice(11, 30)))
+    sides = [influence(part, ["balanced_accuracy"], sorted(scores.patients))["balanced_accuracy"] for part in (inside, rest)]
+    both = sides[0].minus_other_patients(sides[1])
+    plain = np.array([right[labels_of].mean() * (1 - right[labels_of].mean()) / size / 4 for labels_of, size in
+                      ((slice(6), 6), (slice(6, 11), 5), (slice(11, 20), 9), (slice(20, 30), 10))])
+    sizes = np.array([6, 5, 9, 10])
+    exact = plain * sizes / (sizes - 1)
+    factor, degrees = both.widening
+    assert both.carriers.tolist() == [6, 5, 9, 10]
+    assert factor == pytest.approx(np.sqrt(exact.sum() / plain.sum())) and degrees == pytest.approx(exact.sum() ** 2 / (exact**2 / (sizes - 1)).sum())
+    found = compare_with_rest(inside, rest, replicates=4000)
+    half = stats.t.ppf(0.975, degrees) * np.sqrt(exact.sum())
+    assert (found["difference_high"] - found["difference_low"]) / 2 == pytest.approx(half, rel=0.1)
+    lonely = compare_with_rest(Scores(*(part[5:11] for part in (inside.labels, inside.probabilities, inside.patients)), ("a", "b")), rest, replicates=200)
+    assert lonely["difference_low"] is None and lonely["no_interval"] == "on one side class a comes from 1 patient: how patients differ cannot be seen"
 
 
 def test_comparison__patients_on_both_sides_and_missing_classes():

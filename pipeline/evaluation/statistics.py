@@ -41,6 +41,7 @@ __all__ = [
     "WeightedMetrics",
     "bootstrap_intervals",
     "draw_patients",
+    "expanded_percentiles",
     "holm",
     "paired_bootstrap",
     "patient_intervals",
@@ -123,11 +124,15 @@ def patient_intervals(runs: Runs, metrics: Sequence[str] = METRICS, *, confidenc
     return result
 
 
-def _percentiles(values: np.ndarray, confidence: float, found: Influence) -> tuple[float | None, float | None, int, str]:
+def expanded_percentiles(values: np.ndarray, confidence: float, found: Influence) -> tuple[float | None, float | None, int, str]:
     """Low and high end over the defined replicates, their number, and a reason when there is no interval.
 
     The percentiles lie further out than the plain ones (Hesterberg 2015), by as much as Student's quantiles and the
     factors of `clustered_variance` say.
+
+    Args:
+        values: float64 [B], the metric or difference in resampled patients, NaN where undefined.
+        found: the same metric or difference, with what each patient adds to it.
     """
     defined = values[np.isfinite(values)]
     if found.problem:
@@ -173,7 +178,7 @@ def bootstrap_intervals(
         if not np.isfinite(found.value):
             result[name] = Interval(None, None, None, confidence, 0, replicates, ABSENT)
             continue
-        low, high, defined, reason = _percentiles(drawn[name], confidence, found)
+        low, high, defined, reason = expanded_percentiles(drawn[name], confidence, found)
         result[name] = Interval(found.value, low, high, confidence, defined, replicates - defined, reason)
     return result
 
@@ -207,7 +212,7 @@ def paired_bootstrap(
         return Comparison(difference, None, None, None, count, 0, 0, reason)
     drawn = _difference(left, right, metric, draw_patients(count, replicates, seed))
     both = [influence(side.runs, [metric], side.patients)[metric] for side in (left, right)]
-    low, high, defined, reason = _percentiles(drawn, confidence, both[0] - both[1])
+    low, high, defined, reason = expanded_percentiles(drawn, confidence, both[0] - both[1])
     return Comparison(difference, low, high, None, count, defined, replicates - defined, reason)
 
 

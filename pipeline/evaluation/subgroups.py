@@ -33,10 +33,12 @@ from pipeline.evaluation.report import (
 from pipeline.evaluation.statistics import (
     WeightedMetrics,
     draw_patients,
+    expanded_percentiles,
     holm,
     patient_intervals,
 )
 from pipeline.evaluation.summary import average
+from pipeline.evaluation.weighted import influence
 from pipeline.files import atomic_write
 from pipeline.registry import did_you_mean
 
@@ -55,14 +57,16 @@ def compare_with_rest(
 ) -> dict[str, Any]:
     """Balanced accuracy of a sub-group minus that of all other units, on the classes both have.
 
-    A patient may have units on both sides; resampling draws him with all of them. The test exchanges patients between
-    the sides who have the same labels and stand on one side only, because the sides may differ in how many patients of
-    a class they have; it is a random permutation test with the observed arrangement counted in.
+    A patient may have units on both sides; resampling draws him with all of them, and percentiles are expanded as those of
+    all differences. The test exchanges patients between the sides who have the same labels and stand on one side only,
+    because the sides may differ in how many patients of a class they have; it is a random permutation test with the
+    observed arrangement counted in.
 
     Returns:
-        difference, difference_low, difference_high, p (None where undefined), classes (compared), and reason (why not).
+        difference, difference_low, difference_high, p (None where undefined), classes (compared), no_interval and reason (why
+        there is no interval; no difference or p).
     """
-    result: dict[str, Any] = {"difference": None, "difference_low": None, "difference_high": None, "p": None, "classes": [], "reason": ""}
+    result: dict[str, Any] = dict.fromkeys(("difference", "difference_low", "difference_high", "p")) | {"classes": [], "no_interval": "", "reason": ""}
     common = np.intersect1d(inside.labels, rest.labels)
     result["classes"] = [inside.classes[place] for place in common]
     if len(common) < 2:
@@ -72,15 +76,12 @@ def compare_with_rest(
     engines = [WeightedMetrics(scores, people) for scores in (left, right)]
     weights = np.vstack([np.ones((1, len(people))), draw_patients(len(people), replicates, seed)])
     values = engines[0].values(weights, [METRIC])[METRIC] - engines[1].values(weights, [METRIC])[METRIC]
-    drawn = values[1:][np.isfinite(values[1:])]
     result["difference"] = float(values[0])
-    if len(drawn) >= replicates / 2:
-        ends = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-        result["difference_low"], result["difference_high"] = float(ends[0]), float(ends[1])
-    else:
-        result["reason"] = f"no interval: defined in only {len(drawn)} of {replicates} replicates"
+    sides = [influence(scores, [METRIC], people)[METRIC] for scores in (left, right)]
+    low, high, _, reason = expanded_percentiles(values[1:], confidence, sides[0].minus_other_patients(sides[1]))
+    result |= {"difference_low": low, "difference_high": high, "no_interval": reason}
     result["p"] = _exchanged(left, right, abs(values[0]), replicates, seed)
-    if result["p"] is None and not result["reason"]:
+    if result["p"] is None:
         result["reason"] = "no p value, because no two patients of the same classes lie wholly on different sides"
     return result
 
@@ -261,6 +262,7 @@ def _table(context: Context, column: str, levels: Mapping[str, Mapping[str, Any]
     rows: list[list[Any]] = []
     reasons: dict[str, list[str]] = {}
     bare: dict[str, list[str]] = {}
+    open_gaps: dict[str, list[str]] = {}
     for level, one in levels.items():
         found = one.get("comparison") or {}
         cells = []
@@ -275,11 +277,15 @@ def _table(context: Context, column: str, levels: Mapping[str, Mapping[str, Any]
             reasons.setdefault(reason, []).append(level)
         if reason := one.get("no_interval"):
             bare.setdefault(reason, []).append(level)
+        if reason := found.get("no_interval"):
+            open_gaps.setdefault(reason, []).append(level)
     note = f"Per video, {percent(context.config.evaluate.confidence)} intervals over {context.unit}s."
     if reasons:
         note += f" No value where there is a dash: {_listed(reasons)}."
     if bare:
         note += f" No interval of balanced accuracy: {_listed(bare)}. The difference may still have one, since all other videos vary."
+    if open_gaps:
+        note += f" No interval of the difference: {_listed(open_gaps)}."
     if sum(one["patients"] for one in levels.values()) > context.metrics["patients"]:
         note += f" {context.unit.capitalize()}s add up to more than {context.metrics['patients']}: one with videos in several of these groups counts in each."
     return Table(f"By {readable(column)}", columns, rows, columns[1:], note)

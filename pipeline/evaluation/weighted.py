@@ -222,11 +222,16 @@ class Influence:
     def __sub__(self, other: Influence) -> Influence:
         return Influence(self.value - other.value, self.parts - other.parts, self.carriers, self.kinds)
 
+    def minus_other_patients(self, other: Influence) -> Influence:
+        """The difference to a metric of other units, mostly of other patients: the kinds of each side are samples of their own, as in Welch's test."""
+        kinds = tuple(f"on one side {kind}" for kind in self.kinds + other.kinds)
+        return Influence(self.value - other.value, np.hstack([self.parts, -other.parts]), np.concatenate([self.carriers, other.carriers]), kinds)
+
     @property
     def problem(self) -> str:
         """Why there is no variance; empty if there is one."""
         few = [f"{name} 1 patient" for name, count in zip(self.kinds, self.carriers, strict=True) if count < TOO_FEW_PATIENTS]
-        return f"{', '.join(few)}: how patients differ cannot be seen" if few else ""
+        return f"{', '.join(dict.fromkeys(few))}: how patients differ cannot be seen" if few else ""
 
     @property
     def widening(self) -> tuple[float, float]:
