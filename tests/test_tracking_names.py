@@ -13,6 +13,7 @@ from fake_experiment import FakeExperiment
 
 from pipeline.config import Config
 from pipeline.evaluation import evaluate as evaluation
+from pipeline.evaluation import records
 from pipeline.evaluation.records import (
     description,
     log_execution,
@@ -20,7 +21,7 @@ from pipeline.evaluation.records import (
     parent_metrics,
     run_name,
 )
-from pipeline.tracking import open_tracker
+from pipeline.tracking import NullTracker, open_tracker
 from pipeline.tracking_context import changed_params, execution_facts, spoken_params
 from pipeline.tracking_view import VIEW, differing_params, prepare_view, view_state
 
@@ -141,11 +142,27 @@ def test_words__without_interval_gain_or_clean_protocol(project: Path) -> None:
     assert "pretraining_gain" not in parent_metrics(metrics)
 
 
-def test_many_folds__get_no_children(project: Path) -> None:
+def test_repeats__every_fold_of_every_repeat_gets_a_child(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, metrics = judged(project)
-    metrics["pretrained"]["folds"] = {str(i): metrics["pretrained"]["folds"]["0"] for i in range(21)}
+    seen: list[str] = []
+
+    def opened(config: Config, stage: str, item: str) -> NullTracker:
+        seen.append(item)
+        return NullTracker(stage, item)
+
+    monkeypatch.setattr(records, "open_tracker", opened)
+    for init in ("pretrained", "random"):
+        metrics[init]["folds"] = {str(i): metrics[init]["folds"]["0"] for i in range(25)}
+    log_folds(config(), metrics | {"folds": 5, "repeats": 5})
+    assert len(seen) == 25 and [seen[0], seen[9], seen[24]] == ["fold 0, repeat 0", "fold 9, repeat 1", "fold 24, repeat 4"]
+
+
+def test_many_folds__get_no_children_and_that_is_said(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, metrics = judged(project)
+    metrics["pretrained"]["folds"] = {str(i): metrics["pretrained"]["folds"]["0"] for i in range(101)}
     log_folds(config(), metrics)
     assert not (project / ".tracking").exists()
+    assert "101 folds get no runs of their own in MLflow" in capsys.readouterr().out
 
 
 # the prepared view

@@ -14,8 +14,8 @@ from pipeline.tracking import NullTracker, open_tracker
 
 __all__ = ["description", "log_execution", "log_folds", "parent_metrics", "run_name"]
 
-MOST_FOLDS = 20
-"""Folds that get a run of their own; each costs about a third of a second."""
+MOST_FOLDS = 100
+"""Folds, those of all repeats together, that get a run of their own; each costs about a third of a second."""
 DIGITS = 4
 CHILD_METRICS = tuple(METRIC_NAMES)
 
@@ -68,13 +68,16 @@ def log_execution(tracker: NullTracker, metrics: Mapping[str, Any]) -> None:
 
 
 def log_folds(config: Config, metrics: Mapping[str, Any]) -> None:
-    """One child run a fold, with the fold's metrics under the names the experiment's own run has."""
+    """One child run a fold of every repeat, with the fold's metrics under the names the experiment's own run has; says so where there are too many."""
     folds = metrics[metrics["headline_init"]]["folds"]
     if len(folds) > MOST_FOLDS:
+        print(f"evaluate: {len(folds)} folds get no runs of their own in MLflow, as more than {MOST_FOLDS} would bury the others; folds.csv has them")
         return
     others = [name for name in ("pretrained", "random") if name in metrics and name != metrics["headline_init"]]
     for fold, values in folds.items():
-        with open_tracker(config, "evaluate", f"fold {fold}") as child:
+        # Folds are numbered through all repeats.
+        repeat = f", repeat {int(fold) // metrics['folds']}" if metrics["repeats"] > 1 else ""
+        with open_tracker(config, "evaluate", f"fold {fold}{repeat}") as child:
             found = {name: values[name] for name in CHILD_METRICS}
             found |= {f"balanced_accuracy{end}": values[f"balanced_accuracy{end}"] for end in ("_low", "_high")}
             found |= {f"{init}.balanced_accuracy": metrics[init]["folds"][fold]["balanced_accuracy"] for init in others}
