@@ -107,16 +107,32 @@ def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: s
 
 
 def average(values: Sequence[Any]) -> Any:
-    """Mean of equally shaped results; None where one of them is undefined; text and class names of the first."""
+    """Mean of equally shaped results; None where one of them is undefined; text and class names of the first.
+
+    Under `undefined` a reason that not all results have, such as a class that one seed never predicts, says how many have it.
+    """
     first = values[0]
     if isinstance(first, Mapping):
         keys = dict.fromkeys(key for value in values for key in value)
-        return {key: average([value[key] for value in values if key in value]) for key in keys}
+        result = {key: average([value[key] for value in values if key in value]) for key in keys}
+        if "undefined" in result:
+            result["undefined"] = _reasons([value["undefined"] for value in values])
+        return result
     if isinstance(first, list):
         return [average(list(column)) for column in zip(*values, strict=True)]
     if any(value is None for value in values):
         return None
     return first if isinstance(first, (str, bool)) or len(values) == 1 else mean(values)
+
+
+def _reasons(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Why a number is undefined, by its name, with the number of runs where not all of them say so."""
+    result = {}
+    for key in dict.fromkeys(key for run in runs for key in run):
+        counts = Counter(run[key] for run in runs if key in run)
+        parts = [reason if count == len(runs) else f"{reason} in {count} of {len(runs)} runs (seeds, repeats)" for reason, count in counts.items()]
+        result[key] = "; ".join(parts)
+    return result
 
 
 def _one_initialisation(
@@ -158,7 +174,7 @@ def _majority(config: Config, splits: Splits, frames: pd.DataFrame, init: str) -
 
 
 def _differences(config: Config, splits: Splits, tables: Mapping[str, pd.DataFrame], stamp: str) -> dict[str, Any]:
-    """Pretrained minus random on the same patients: bootstrap interval and permutation p value."""
+    """Pretrained minus random on the same patients: bootstrap interval, permutation p value, and the reason where one is missing."""
     settings = config.evaluate
     result: dict[str, Any] = {}
     for level in LEVELS:
@@ -173,11 +189,13 @@ def _differences(config: Config, splits: Splits, tables: Mapping[str, pd.DataFra
             drawn = paired_bootstrap(
                 first, second, name, replicates=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
             )
+            tested = permutation_test(first, second, name, seed=settings.seed)
             values |= {
                 name: drawn.difference,
                 f"{name}_low": drawn.low,
                 f"{name}_high": drawn.high,
-                f"{name}_p": permutation_test(first, second, name, seed=settings.seed).p_value,
+                f"{name}_p": tested.p_value,
+                f"{name}_reason": drawn.reason or tested.reason,
             }
         result[level] = values
     return result
