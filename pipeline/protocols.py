@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import ConfigError, DataError, PipelineError, some
 from pipeline.evaluation.compare import with_holm
@@ -49,6 +49,8 @@ PROTOCOLS = (
     Protocol("patient-transductive", "patients apart, pretraining has seen the test videos", ("patient", "inner", "all")),
 )
 """The honest one first. The last is run only when asked for: it needs an encoder of its own."""
+HONEST = ("inner", "nested", "last")
+"""Selections that never see the test patients; of the rows that also keep patients apart and pretrain by fold, others are compared with the first."""
 USUAL = tuple(protocol.key for protocol in PROTOCOLS[:-1])
 
 
@@ -122,7 +124,14 @@ def _protocol_of(experiment: Experiment) -> Protocol:
     found = [one for one in PROTOCOLS if one.values[:2] == (group, selection) and (one.values[2] == scope or group == "frame")]
     if found:
         return found[0]
-    return Protocol("-", f"{group}s apart, selection {selection}" + (", transductive" if scope == "all" else ""), (group, selection, scope))
+    other = Protocol("-", f"{group}s apart, selection {selection}" + (", transductive" if scope == "all" else ""), (group, selection, scope))
+    return replace(other, title=f"{other.title} (honest)") if _honest(other) else other
+
+
+def _honest(protocol: Protocol) -> bool:
+    """Whether its numbers hold for new patients."""
+    group, selection, scope = protocol.values
+    return group == "patient" and selection in HONEST and scope == "fold"
 
 
 def _cell(value: float | None, low: float | None = None, high: float | None = None, sign: str = "") -> str:
@@ -139,16 +148,21 @@ def _p(value: float | None) -> str:
 
 
 def _gap(row: Experiment, honest: Experiment, metric: str) -> tuple[str, Difference | None, str]:
-    """Difference to the honest row as a cell and, where it is tested, with its p; and why there is no test (or "")."""
+    """Difference to the honest row as a cell and, where it is tested, with its p; and why there is no test (or "", or "folds" for the protocol's own)."""
     if row.classes != honest.classes:
-        return "–", None, f"{row.name} tells apart other classes ({', '.join(row.classes)}), so nothing is subtracted"
+        return "–", None, f"{row.name} tells apart other classes ({', '.join(row.classes)}), so nothing is subtracted."
     first, second = (Measured(one.name, one.table, one.classes) for one in (row, honest))
     try:
         same_rules([honest.name, row.name], [honest.table, row.table], [honest.classes, row.classes])
-    except DataError:
+    except DataError as error:
         values = [one.intervals(CONFIDENCE)[metric].value for one in (first, second)]
         plain = None if None in values else values[0] - values[1]
-        return _cell(plain, sign="+"), None, "folds"
+        # Other things kept apart make other folds, which is what the protocol is; anything else is worth its own words.
+        mine, theirs = (_protocol_of(one).values[0] for one in (row, honest))
+        said = "folds" if mine != theirs else (
+            f"No test for {row.name}, so the difference is that of the two values; `sonoscope compare` refuses it, too: {str(error).removeprefix('compare: ')}"
+        )
+        return _cell(plain, sign="+"), None, said
     gap = difference(first, second, metric, confidence=CONFIDENCE)
     return _cell(gap.value, gap.low, gap.high, "+"), gap, ""
 
@@ -166,13 +180,20 @@ def show_protocols(names: Sequence[str], *, initialisation: str = "pretrained", 
         raise DataError(f"protocols: there is no experiment {prefix}-patient-inner or any other of that prefix; run `sonoscope protocols` first")
     rows = [read_experiment(name, initialisation, level, finder) for name in wanted]
     finder.close()
-    order = [protocol.values for protocol in PROTOCOLS]
-    rows.sort(key=lambda row: order.index(_protocol_of(row).values) if _protocol_of(row).values in order else len(order))
+    rows.sort(key=_place)
     return _markdown(rows, level)
 
 
+def _place(row: Experiment) -> tuple[int, int]:
+    """Where a row stands: honest ones first, by `HONEST`, the others by `PROTOCOLS`, unknown ones last."""
+    protocol = _protocol_of(row)
+    if _honest(protocol):
+        return 0, HONEST.index(protocol.values[1])
+    return 1, PROTOCOLS.index(protocol) if protocol in PROTOCOLS else len(PROTOCOLS)
+
+
 def _markdown(rows: Sequence[Experiment], level: str) -> str:
-    honest = next((row for row in rows if _protocol_of(row) == PROTOCOLS[0]), None)
+    honest = rows[0] if _honest(_protocol_of(rows[0])) else None
     metric = METRICS[0]
     titles = [_protocol_of(row).title for row in rows]
     columns = ["protocol", *(NAMES[name] for name in METRICS), f"{NAMES[metric]} minus honest", "p", "p (Holm)", "stamp"]
@@ -191,7 +212,7 @@ def _markdown(rows: Sequence[Experiment], level: str) -> str:
         if why == "folds":
             untested.append(row.name)
         elif why:
-            notes.append(f"{why}.")
+            notes.append(why)
     base = honest or rows[0]
     if level != "frame" and any(row.params.get("data.group") == "frame" for row in rows):
         notes.append(f"In the split by frame a {level} counts once a fold, by the frames which that fold tests.")
@@ -206,7 +227,8 @@ def _markdown(rows: Sequence[Experiment], level: str) -> str:
         *([f"p: permutation test by patients; p (Holm): corrected for the {len(tested)} tests of this table."] if len(tested) > 1 else []),
         *([f"No test for {', '.join(untested)}: the folds are not those of {base.name}, so the difference is that of the two values."]
           if untested else []),
-        *(["No row is honest (patients apart, inner selection, no transductive pretraining), so nothing is subtracted."] if honest is None else []),
+        *([f"No row is honest (patients apart, selection {' or '.join(HONEST)}, no transductive pretraining), so nothing is subtracted."]
+          if honest is None else []),
         *notes,
     ])
 

@@ -85,6 +85,38 @@ def test_table__says_when_more_than_the_protocol_differs_or_nothing_is_honest(tm
     assert "three tells apart other classes (a, b, c), so nothing is subtracted" in show_protocols([honest, classes])
 
 
+def test_table__nested_and_last_are_honest_where_there_is_no_inner_row(tmp_path: Path) -> None:
+    nested, last, inner, chosen = (
+        finished(tmp_path / f"run-{selection}", "patient", selection, OPTIMISTIC if selection == "best_on_test" else "", skill)
+        for selection, skill in (("nested", 0.5), ("last", 0.4), ("inner", 0.3), ("best_on_test", 2.5))
+    )
+
+    def first(*names: str) -> tuple[str, str]:
+        text = show_protocols(names)
+        assert "No row is honest" not in text
+        row = [cell.strip() for cell in text.split("\n")[2].strip("|").split("|")]
+        return row[0], row[5]
+
+    assert first(chosen, last) == ("patients apart, selection last (honest)", "")
+    assert first(chosen, last, nested) == ("patients apart, selection nested (honest)", "")
+    assert first(last, nested, inner) == (PROTOCOLS[0].title, "")
+    with_all = finished(tmp_path / "all", "patient", "nested", "transductive pretraining", 0.5)
+    path = Path(with_all) / "params.yaml"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrain": {"method": "random", "init": "random", "scope": "all"}}))
+    assert "patients apart, selection nested, transductive |" in (text := show_protocols([with_all])) and "No row is honest" in text
+
+
+def test_table__why_there_is_no_test_is_what_differs(tmp_path: Path) -> None:
+    """Equal folds and other seeds are not other folds."""
+    honest = finished(tmp_path / "patient-inner", "patient", "inner", "", 0.5)
+    seeds = finished(tmp_path / "seeds", "patient", "best_on_test", OPTIMISTIC, 2.5, seeds=[0, 1])
+    folds = finished(tmp_path / "other-folds", "patient", "best_on_test", OPTIMISTIC, 2.5, folds=4)
+    text = show_protocols([honest, seeds, folds])
+    assert "No test for seeds, so the difference is that of the two values" in text and "'seeds' and 'patient-inner' have different seeds: 0, 1 and 0" in text
+    assert "'other-folds' and 'patient-inner' were not judged on the same folds: 4 folds and 3 folds" in text
+    assert "the folds are not those of" not in text
+
+
 def test_table__several_tests_are_corrected_and_two_methods_named_once(tmp_path: Path) -> None:
     names = [finished(tmp_path / "patient-inner", "patient", "inner", "", 0.3)]
     names += [finished(tmp_path / name, "patient", "best_on_test", OPTIMISTIC, skill) for name, skill in (("one", 2.5), ("two", 1.0))]
