@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from fake_experiment import FakeExperiment
 
+from pipeline.data.manifest import Manifest
+from pipeline.data.store import FrameStore
 from pipeline.evaluation.checklist import CLAIM, TO_FILL, TRIPOD_AI, filled
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.model_card import markdown_table
@@ -66,6 +69,66 @@ def test_files__a_split_by_frame_is_not_called_anything_better(tmp_path):
         text = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert "had trained on other frames of its video" in text and "had not trained on it" not in text
         assert "fitted on inner" not in text and "other groups" not in text
+
+
+def lists_of(fake: FakeExperiment, store: FrameStore | None = None) -> tuple[str, str]:
+    """checklist.md and model_card.md of an evaluation."""
+    evaluate(fake.config, fake.folders, fake.splits, store, fake.root / "out")
+    return tuple((fake.root / "out" / name).read_text(encoding="utf-8") for name in ("checklist.md", "model_card.md"))
+
+
+def answer(checklist: str, number: str, topic: str) -> str:
+    return next(line.split(" | ")[2] for line in checklist.splitlines() if line.startswith(f"| {number} | {topic}"))
+
+
+def test_model__is_what_nested_selection_chose(tmp_path):
+    fake = FakeExperiment(tmp_path, params={"evaluate": {"bootstrap": 100, "explanations": 0}, "finetune": {
+        "selection": "nested", "grid": {"trainable": ["linear", "last_block"], "class_weights": ["balanced", "none"]}, "trainable": "last_block",
+    }})
+    for folder in fake.folders:
+        fold = int(folder.name[-1])
+        values = {"trainable": "linear", "class_weights": "none" if fold else "balanced"}
+        candidates = [{"values": values, "score": 0.7}]
+        groups = sorted({*fake.splits.groups_of(fake.splits.fold(fold).train)})
+        fake.edit_card(folder.name, selection="nested", train_groups=groups, validation_groups=groups, trainable="linear", grid=fake.config.finetune.grid,
+                       nested={"values": values, "score": 0.7, "candidates": candidates})
+    for text in lists_of(fake):
+        assert "fine-tuned (linear, head linear)" in text and "last_block" not in text and "fine-tuning at most" in text
+    checklist = lists_of(fake)[0]
+    assert answer(checklist, "13", "Class imb") == "none: the loss is not weighted in 2 of 3 networks, loss weighted by class frequency in 1 of 3 networks"
+    assert answer(checklist, "37", "Perf").endswith("inner validation: learning curves; test: all tables")
+
+
+def test_frames_and_patients__are_joined_as_the_report_says(tmp_path):
+    params = {"evaluate": {"bootstrap": 100, "explanations": 0, "aggregation": "attention"}, "finetune": {"pooling": "attention"}}
+    fake = FakeExperiment(tmp_path, params=params)
+    for folder in fake.folders:
+        fake.edit_card(folder.name, pooling="attention")
+        fake.edit_table(folder.name, lambda table: table.assign(weight=0.25))
+    for text in lists_of(fake):
+        assert "by the attention that fine-tuning has learnt, videos to patients by their mean" in text and "patients by attention" not in text
+
+
+@pytest.mark.parametrize("selection", ["last", "best_on_test"])
+def test_sample_and_parts__as_they_were_used(tmp_path, selection):
+    params = {"evaluate": {"bootstrap": 100, "explanations": 0}, "data": {"include": {"probe": ["convex"]}}, "finetune": {"selection": selection}}
+    fake = FakeExperiment(tmp_path, params=params)
+    for folder in fake.folders:
+        fake.edit_card(folder.name, selection=selection, stamp="optimistic (selected on test)" if selection == "best_on_test" else None, validation_groups=[])
+        fake.edit_table(folder.name, lambda table: table[table["part"] == "test"])
+    checklist = lists_of(fake, fake.store())[0]
+    whole = "24 labelled videos of 12 patients, all in the store that have a label; the store holds what data.include keeps; "
+    for number, topic in (("10", "Sample size"), ("21", "Intended sample size")):
+        assert answer(checklist, number, topic) == f"{whole}whether and how the size was calculated beforehand: to be filled by you"
+    assert "convex" not in checklist and "no class was left out" in answer(checklist, "11", "Missing")
+    assert answer(checklist, "37", "Perf") == "Training: loss in the learning curves; test: all tables; no part was held back for validation"
+    assert answer(checklist, "26", "Choice").startswith("the last epoch was taken" if selection == "last" else "the epoch was chosen on the test patients")
+    rows = fake.store().manifest.rows
+    Manifest([*rows, replace(rows[0], video="f" * 16, path="f.mp4", label="c")]).write(tmp_path / "data/frames/main/manifest.csv")
+    fake.splits = replace(fake.splits, excluded_classes={"c": "not in the chosen classes"}, unlabelled=["f" * 16])
+    checklist = lists_of(fake, FrameStore(tmp_path / "data/frames/main"))[0]
+    assert "24 labelled videos of 12 patients, of 25 in the store; without class c; the store" in answer(checklist, "10", "Sample size")
+    assert "class c was left out (not in the chosen classes)" in answer(checklist, "11", "Missing")
 
 
 def checklist_left(rows) -> int:
