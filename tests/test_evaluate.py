@@ -215,7 +215,7 @@ def test_numbers__repeats_and_seeds_in_every_part_of_the_report(tmp_path):
     # Every patient has a video of either length, so nobody can change sides.
     reason = "no p value, because no two patients of the same classes lie wholly on different sides"
     assert [one["comparison"]["reason"] for one in metrics["subgroups"]["frames"]["levels"].values()] == [reason, reason]
-    assert f"No value where there is a dash: 4, 5: {reason}." in page and "1 comparison could be tested" not in page and "2 comparisons could be tested" in page
+    assert f"No value where there is a dash: 4, 5: {reason}." in page and "1 comparison could be tested" in page
 
 
 def test_numbers__same_bytes_twice(fake):

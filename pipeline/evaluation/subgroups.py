@@ -184,8 +184,8 @@ def _order(name: str) -> tuple[Any, ...]:
     return (name == UNKNOWN, digits is None, float(digits[0]) if digits else 0.0, not name.startswith("below"), name)
 
 
-def _adjust(numbers: Mapping[str, Any], confidence: float) -> None:
-    """Write `p_holm` and `clearly_worse` into the comparisons; a column of two groups counts once."""
+def _adjust(numbers: Mapping[str, Any], confidence: float) -> int:
+    """Write `p_holm` and `clearly_worse` into the comparisons; the number of tests. A column of two groups counts once."""
     tests: list[list[dict[str, Any]]] = []
     for column in numbers.values():
         comparisons = [one["comparison"] for one in column["levels"].values() if (one.get("comparison") or {}).get("p") is not None]
@@ -194,6 +194,7 @@ def _adjust(numbers: Mapping[str, Any], confidence: float) -> None:
         for one in group:
             high = one["difference_high"]
             one |= {"p_holm": p_value, "clearly_worse": bool(high is not None and high < 0 and p_value <= 1 - confidence)}
+    return len(tests)
 
 
 def subgroups_part(context: Context) -> Part | None:
@@ -206,7 +207,7 @@ def subgroups_part(context: Context) -> Part | None:
     numbers: dict[str, Any] = {name: _column(context, table, levels) for name, levels in columns.items()}
     if context.store is None:
         numbers = {name: {"levels": {}, "reason": "the frame store is not there"} for name in context.config.evaluate.subgroups}
-    _adjust(numbers, context.config.evaluate.confidence)
+    tests = _adjust(numbers, context.config.evaluate.confidence)
     judged = [(column, level, one) for column, found in numbers.items() for level, one in found["levels"].items()]
     warnings = [_warning(context, *one) for one in judged if (one[2].get("comparison") or {}).get("clearly_worse")]
     compact = {
@@ -214,7 +215,7 @@ def subgroups_part(context: Context) -> Part | None:
     }
     _write(context, judged)
     return Part(
-        KEY, numbers, _section(context, numbers, judged, warnings), compact={name: one for name, one in compact.items() if one},
+        KEY, numbers, _section(context, numbers, judged, tests, warnings), compact={name: one for name, one in compact.items() if one},
         headline={f"{KEY}.clearly_worse": float(len(warnings))} if judged else {}, warnings=warnings,
     )
 
@@ -240,13 +241,12 @@ def _write(context: Context, judged: Sequence[tuple[str, str, Mapping[str, Any]]
 
 
 def _section(
-    context: Context, numbers: Mapping[str, Any], judged: Sequence[tuple[str, str, Mapping[str, Any]]], warnings: Sequence[str]
+    context: Context, numbers: Mapping[str, Any], judged: Sequence[tuple[str, str, Mapping[str, Any]]], tests: int, warnings: Sequence[str]
 ) -> Section:
     title = "Is it as good for every sub-group?"
     words = [f"{readable(column).capitalize()}: not shown, because {found['reason']}." for column, found in numbers.items() if found["reason"]]
     if not judged:
         return Section(KEY, title, words)
-    tests = sum((one.get("comparison") or {}).get("p_holm") is not None for _, _, one in judged)
     words.insert(0, (
         "Each sub-group of the videos is judged by itself and compared with all other videos, on the classes that both have. "
         + (f"{plural(tests, 'comparison')} could be tested; p values hold for all of them together (Holm). " if tests else "No comparison could be tested. ")
