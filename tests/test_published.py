@@ -150,6 +150,16 @@ def test_load_trunk__timm_model_with_its_classifier(backbone: str, theirs: str) 
     assert len(report.unexpected) == 2
 
 
+@pytest.mark.parametrize(("plain", "average"), [("state_dict", "state_dict_ema"), ("model", "model_ema")])
+def test_to_trunk__averaged_weights_of_timm_training(tmp_path: Path, plain: str, average: str) -> None:
+    """As timm's own loader takes them, and the report says so."""
+    torch.save({"epoch": 3, "arch": "x", plain: vit(5), average: vit()}, tmp_path / "last.pth.tar")
+    state, report = to_trunk(read_state_dict(tmp_path / "last.pth.tar"), TINY, 32)
+    assert all(torch.equal(state[name], value) for name, value in vit().items())
+    assert f"read from the file's container '{average}'" in str(report)
+    assert "container" not in str(to_trunk(vit(), TINY, 32)[1])
+
+
 def test_load_trunk__positions_of_another_grid() -> None:
     torch.manual_seed(0)
     small, report = to_trunk(vit(), TINY, 64)

@@ -22,8 +22,9 @@ from pipeline.models.catalog import BackboneInfo, describe, names, within
 
 __all__ = ["KeyReport", "detect_format", "initial_tensors", "load_trunk", "to_extras", "to_trunk"]
 
-# Where programs keep their networks in the file, best first: of a pair, the slowly moving one is the published result.
-_CONTAINERS = ("target_encoder", "teacher", "state_dict", "model", "model_state_dict")
+# Where programs keep their networks in the file, best first: of a pair, the slowly moving one is the published result (timm's
+# own loader takes its `_ema` too).
+_CONTAINERS = ("target_encoder", "teacher", "state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 
 # (format, where the trunk is, a name that only this format has). The first whose trunk and sign are found.
 _FORMATS = (
@@ -92,6 +93,9 @@ class KeyReport:
         parts += [f"{len(some)} {what}{_examples(some)}" for some, what in ((self.missing, "missing"), (self.unexpected, "not used"))]
         if self.grid:
             parts.append("positions resampled from {0}x{0} to {1}x{1} patches".format(*self.grid))
+        container = self.prefix.partition(".")[0]
+        if container in _CONTAINERS:
+            parts.append(f"read from the file's container '{container}'")
         return ", ".join(parts)
 
 
