@@ -169,7 +169,7 @@ def _opened(
     )
     bad = [(result.path, result.reason) for result in results if result.reason]
     if not rows:
-        listed = "".join(f"\n  {path}: {reason}" for path, reason in bad[:20])
+        listed = "".join(f"\n  {line}" for line in [*(f"{path}: {reason}" for path, reason in bad[:20]), *found.notes])
         raise DataError(f"{source}: none of {len(bad)} files can be read.{listed}")
     Manifest(rows).write(folder / "manifest.csv")
     store = FrameStore(folder)

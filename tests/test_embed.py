@@ -174,6 +174,17 @@ def test_embed__mistakes_are_said_before_any_work(tmp_path, capsys, encoder_fold
     assert not (tmp_path / "new").exists()
 
 
+def test_embed__nothing_readable_says_what_was_left_out_too(tmp_path, capsys, encoder_folder, clips):
+    Path("mixed").mkdir()
+    shutil.copy(clips / "broken.mp4", "mixed/broken.mp4")
+    for name in ("a.avi", "b.avi"):
+        os.symlink(clips / name, f"mixed/{name}")
+    assert main(["embed", "mixed", "--encoder", str(encoder_folder)]) == 2
+    said = capsys.readouterr().err
+    assert "none of 1 files can be read.\n  broken.mp4: not a video" in said
+    assert "\n  2 links lead out of the source folder and were skipped" in said
+
+
 def test_embed__damaged_cards_and_weights(tmp_path, encoder_folder, clips):
     folder = tmp_path / "fold0"
     shutil.copytree(encoder_folder, folder)
