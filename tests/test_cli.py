@@ -136,6 +136,12 @@ def test_preset__every_one_is_valid_and_survives_the_shell(name: str, params: Pa
     assert write_preset(preset, params) == []
 
 
+@pytest.mark.parametrize("name", [name for name in preset_names() if "_official" in name])
+def test_presets__published_recipes_say_how_large_an_epoch_is(name: str) -> None:
+    values = load_preset(name).values
+    assert values["pretrain.samples_per_video"] == 1 and values["pretrain.epochs"] > 1
+
+
 @pytest.mark.parametrize("name", ["ucl_official_butterfly", "uscl_official", "hico_official"])
 def test_preset__five_published_folds(name: str) -> None:
     """Judged on the five folds of POCUS; USCL and HiCo work on 3 pictures a second, at most 50 a video, all of them."""
