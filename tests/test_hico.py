@@ -296,7 +296,7 @@ def test_problems__one_clear_line_each() -> None:
     (levels,) = HiCo.problems(HiCoParams(), setting(backbone="vit_small"))
     assert levels.startswith("pretrain.method: hico wants features of several levels, and vit_small has one. Allowed for pretrain.backbone here: resnet10")
     (alone,) = HiCo.problems(HiCoParams(), setting(batch_size=1))
-    assert alone.startswith("pretrain.batch_size: HiCo contrasts the videos of a batch")
+    assert alone.startswith("pretrain.batch_size: 1 sample a forward pass (batch_size / accumulate) leaves HiCo no video to contrast")
     for labelled in ({}, {"a": 5}, {"a": 5, "b": 0}):
         (unlabelled,) = HiCo.problems(HiCoParams(), setting(labelled=labelled))
         assert unlabelled.startswith("methods.hico.objective: semi learns from labels, and pretraining may see")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 import torchvision
 from training_kit import BACKBONES_OF_TESTS, CPU, make_method, make_store, toy_loader
 
+from pipeline.config import Config
 from pipeline.data.clips import draw_indices
 from pipeline.data.store import FrameStore
 from pipeline.evaluation.features import collapse_statistics
-from pipeline.methods.base import Method, MethodContext, Progress
+from pipeline.methods.base import Method, MethodContext, Progress, Setting
+from pipeline.methods.cycle import CycleContrastParams
+from pipeline.methods.hico import HiCo, HiCoParams
 from pipeline.methods.moco import MoCo, MoCoParams
 from pipeline.methods.simclr import SimCLR, SimCLRParams
 from pipeline.methods.ucl import UCL, UCLParams
@@ -30,7 +34,7 @@ INTRA = 3
 FAST = {
     "ucl": {"cross_only_epochs": 0, "momentum": 0.9},
     "moco": {"queue_size": 24, "momentum": 0.9},
-    "cycle": {"queue_size": 24},
+    "cycle": {"queue_size": 24, "support_size": 24},
     "msn": {"prototypes": 8},
     # The views of the toy set are not augmented: two of one frame are the same image, which leaves nothing to learn.
     **dict.fromkeys(("simsiam", "byol", "barlow", "vicreg"), {"positive_radius": None}),
@@ -340,9 +344,45 @@ def test_check__moco_and_simclr() -> None:
     assert slow.startswith("methods.moco.momentum = 0.999: in 120 steps the momentum network moves only 11%")
     assert large.startswith("methods.moco.queue_size = 4096 is larger than the 3840 keys of the whole run")
     assert MoCo.check(MoCoParams(momentum=0.9, queue_size=64), context(), 64) == []
-    (alone,) = SimCLR.check(SimCLRParams(), context(batch=1), 64)
-    assert alone.startswith("pretrain.batch_size = 1: SimCLR has no negatives")
+    (alone,) = MoCo.check(MoCoParams(momentum=0.9, queue_size=64), context(), 1)
+    assert alone.startswith("methods.moco.queue_exclude_own_video: true with a single video leaves no negatives")
+    assert MoCo.check(MoCoParams(momentum=0.9, queue_size=64, queue_exclude_own_video=False), context(), 1) == []
+    (alone,) = SimCLR.check(SimCLRParams(), replace(context(), samples_per_pass=1), 1)
+    assert alone.startswith("an epoch has 1 sample, so SimCLR has no negatives")
     assert SimCLR.check(SimCLRParams(), context(), 64) == []
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_problems__one_sample_a_forward_pass(name: str) -> None:
+    """Refused where it leaves no loss or no batch norm of the head, whatever one optimiser step adds up; queues, banks and centres outlast it."""
+    backbone = BACKBONES_OF_TESTS.get(name, "resnet10")
+
+    def lines(batch: int, accumulate: int) -> list[str]:
+        section = {"method": name, "backbone": backbone, "image_size": 224, "batch_size": batch, "accumulate": accumulate}
+        checked = Config.model_validate({"pretrain": section})
+        return METHODS.get(name).problems(checked.method_params, Setting.of(checked, None))
+
+    for batch, accumulate in ((1, 1), (4, 4)):
+        found = lines(batch, accumulate)
+        assert len(found) == (name not in ("moco", "cycle", "ucl", "dino")), found
+        assert all(line.startswith("pretrain.batch_size: 1 sample a forward pass (batch_size / accumulate) leaves ") for line in found)
+    assert lines(8, 4) == []
+
+
+def test_check__a_single_video_has_no_negatives() -> None:
+    (line,) = UCL.check(UCLParams(momentum=0.9), context(batch=1), 1)
+    assert line.startswith("methods.ucl.bank_exclude_own_video: true with a single video leaves no cross-video negative")
+    (line,) = HiCo.check(HiCoParams(), context(), 1)
+    assert line.startswith("1 video: HiCo has no negatives")
+    assert HiCo.check(HiCoParams(objective="supervised"), context(), 1) == []
+
+
+def test_params__neighbours_come_out_of_the_queue() -> None:
+    with pytest.raises(ValueError, match=r"support_size \(5000\) must be at most queue_size \(1024\)"):
+        CycleContrastParams(support_size=5000)
+    with pytest.raises(ValueError, match=r"support_size \(4\) must be at most bank_size \(3\)"):
+        UCLParams(bank_size=3)
+    assert UCLParams(bank_size=3, cross_negative="mean").bank_size == 3
 
 
 def test_methods__one_file_each_without_torch() -> None:

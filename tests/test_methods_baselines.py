@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_dino__crops_of_two_sizes() -> None:
 
 def test_cycle__neighbours_and_negatives_come_from_other_videos(store: FrameStore) -> None:
     """The second pass over the same videos: each anchor may use all rows but those of its own video."""
-    method = make_method("cycle", batch=4, queue_size=8)
+    method = make_method("cycle", batch=4, queue_size=8, support_size=8)
     batch = first_batch(method, store)
     first = method.step(batch, START)
     assert float(first.loss.detach()) == 0, "the queue is empty"
@@ -142,6 +143,8 @@ def test_check__advice_of_the_baselines() -> None:
     (wide,) = BarlowTwins.check(BarlowTwinsParams(embedding_dim=8192), short, 64)
     assert wide.startswith("methods.barlow.embedding_dim = 8192: a batch of 32 samples cannot decorrelate so many columns")
     assert BarlowTwins.check(BarlowTwinsParams(), short, 64) == []
+    (wide,) = BarlowTwins.check(BarlowTwinsParams(), replace(short, samples_per_pass=4), 64)
+    assert wide.startswith("methods.barlow.embedding_dim = 1024: a batch of 4 samples cannot decorrelate so many columns")
     assert len(VICReg.check(VICRegParams(variance_weight=0), short, 64)) == 1
     assert VICReg.check(VICRegParams(), short, 64) == []
     slow, alone = CycleContrast.check(CycleContrastParams(), short, 1)

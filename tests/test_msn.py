@@ -212,7 +212,7 @@ def test_problems__say_what_to_change() -> None:
     (line,) = problems(size=32, focal_size=16, random_drop=0.9)
     assert line == "methods.msn.random_drop: 0.9 drops all 4 patches of an image of 32 pixels; at most 0.75 leaves one"
     (line,) = problems(batch=1)
-    assert line.startswith("pretrain.batch_size: one sample a forward pass")
+    assert line.startswith("pretrain.batch_size: 1 sample a forward pass (batch_size / accumulate) leaves the batch norm")
     assert [MSNParams().drop(width) for width in (384, 768, 1024)] == [0.15, 0.3, 0.6]
     with pytest.raises(ValueError, match="at least one anchor view is needed"):
         MSNParams(random_views=0, focal_views=0)

@@ -236,9 +236,10 @@ def test_monitor__healthy_and_collapsed_backbones(store: FrameStore) -> None:
             return x[:, 0].flatten(1)
 
     cpu = torch.device("cpu")
-    assert "embeddings look collapsed" in monitor.warning(monitor.measure(Constant(), cpu, "imagenet"))
+    assert "embeddings look collapsed" in monitor.warning(monitor.measure(Constant(), cpu, "imagenet"), True)
     healthy = monitor.measure(Pixels(), cpu, "imagenet")
-    assert monitor.warning(healthy) is None
+    assert monitor.warning(healthy, True) is None
+    assert monitor.warning({"embedding_std": 0.01, "effective_rank": 1.0}, False).endswith("Lower the learning rate, or use larger batches.")
     assert healthy["knn_balanced_accuracy"] == 1.0, "the two classes differ in brightness"
     unlabelled = Monitor(MonitorParams(), frames, np.full(len(frames), -1), [""] * len(frames), 32)
     assert "knn_balanced_accuracy" not in unlabelled.measure(Pixels(), cpu, "imagenet")
@@ -251,21 +252,23 @@ def test_chance_warning__once_and_behind_the_first_quarter() -> None:
     def rows(*losses: float) -> list[dict[str, float]]:
         return [{"epoch": e, "loss": loss, "chance_loss": 1.6} for e, loss in enumerate(losses)]
 
-    assert chance_warning(rows(2.0, 1.9, 1.0, 1.0), 8, 0.03) is None, "the first quarter may do as it likes"
-    assert chance_warning(rows(1.5, 1.4, 1.58), 8, 0.03) is None, "more than 1 % below"
-    epoch, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, 0.03)
+    assert chance_warning(rows(2.0, 1.9, 1.0, 1.0), 8, 0.03, True) is None, "the first quarter may do as it likes"
+    assert chance_warning(rows(1.5, 1.4, 1.58), 8, 0.03, True) is None, "more than 1 % below"
+    epoch, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, 0.03, True)
     assert epoch == 2, "the first such epoch, however long the curve has become"
     assert text == (
         "the loss (1.590) has not left chance level (1.600) after a quarter of training: the "
         "network does not tell the positive from "
         "the negatives. Lower pretrain.optimizer.lr (now 0.03), take adamw at 0.001, or raise the temperature."
     )
-    assert chance_warning([{"epoch": 7, "loss": 0.0, "chance_loss": 0.0}], 8, 0.03) is None, (
+    _, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, 0.03, False)
+    assert text.endswith("the network does no better than one output for all images. Lower pretrain.optimizer.lr (now 0.03) or take adamw at 0.001.")
+    assert chance_warning([{"epoch": 7, "loss": 0.0, "chance_loss": 0.0}], 8, 0.03, True) is None, (
         "no negatives, no chance level"
     )
     flat = [{"epoch": e, "loss": -0.9, "output_spread": spread} for e, spread in enumerate([0.01, 0.5, 0.5, 0.05])]
-    assert chance_warning(flat[:3], 8, 0.03) is None
-    epoch, text = chance_warning(flat, 8, 0.03)
+    assert chance_warning(flat[:3], 8, 0.03, False) is None
+    epoch, text = chance_warning(flat, 8, 0.03, False)
     assert epoch == 3
     assert text.startswith("the head maps all images to nearly one point (output_spread 0.050, 1 is spread evenly)")
 
@@ -300,6 +303,29 @@ def test_train__batch_that_the_accumulation_does_not_divide(store: FrameStore, t
     lonely = make_config(tmp_path, pretrain__batch_size=2, pretrain__accumulate=2, pretrain__image_size=40, pretrain__method="byol")
     with pytest.raises(PipelineError, match=r"the batch norm in the head of byol has nothing to average\. Use at least 4"):
         make_run(lonely, store, tmp_path / "a")
+
+
+def test_train__two_samples_for_the_batch_norm_of_a_head(store: FrameStore, tmp_path: Path) -> None:
+    """Of two rows it keeps the sign alone. 4 samples in 2 micro-batches are such a pass, and so is what the method is told."""
+    for method, told in (("byol", 1), ("simclr", 0)):
+        config = make_config(tmp_path, pretrain__accumulate=2, pretrain__method=method)
+        run = make_run(config, store, tmp_path / method)
+        assert (run.context.global_batch, run.context.forward_batch) == (4, 2)
+        assert len([line for line in run.warnings if "gives each forward pass two samples (1 processes x 2 micro-batches)" in line]) == told
+    few = make_run(make_config(tmp_path, pretrain__batch_size=64), store, tmp_path / "few")
+    assert few.context.forward_batch == 12, "6 videos, 2 samples of each"
+
+
+def test_train__synchronised_batch_norm_averages_over_all_processes(
+    store: FrameStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        make_run(make_config(tmp_path, pretrain__method="byol", pretrain__sync_batchnorm=sync), store, tmp_path / str(sync)) for sync in (True, False)
+    ]
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    assert not [line for line in runs[0]._size_warnings() if "samples (4 processes" in line]
+    with pytest.raises(PipelineError, match=r"one image \(4 processes x 1 micro-batches\), and .* at least 8 samples"):
+        runs[1]._size_warnings()
 
 
 def test_train__last_batch_of_one_sample(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_problems__labels_that_are_missing() -> None:
     (alone,) = USCL.check(USCLParams(), MethodContext(512, 1, 1, 2), 1)
     assert alone.startswith("1 video: USCL has no negatives")
     (line,) = USCL.problems(USCLParams(), Setting("resnet18", 64, 1, "fold", None))
-    assert line.startswith("pretrain.batch_size: USCL contrasts the videos of a batch, and a forward pass has 1")
+    assert line.startswith("pretrain.batch_size: 1 sample a forward pass (batch_size / accumulate) leaves USCL no video to contrast")
     assert USCL.check(USCLParams(), MethodContext(512, 1, 1, 32), 9) == []
 
 

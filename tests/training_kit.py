@@ -116,7 +116,7 @@ SMALL: dict[str, Any] = {
         "barlow": {"embedding_dim": 32},
         "vicreg": {"embedding_dim": 32},
         "dino": {"output_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16, "local_views": 2, "momentum": 0.9},
-        "cycle": {"embedding_dim": 16, "queue_size": 32, "momentum": 0.9},
+        "cycle": {"embedding_dim": 16, "queue_size": 32, "support_size": 32, "momentum": 0.9},
         "msn": {
             "focal_size": 16, "focal_views": 2, "prototypes": 16, "hidden_dim": 32, "embedding_dim": 16, "momentum": 0.9,
             "sharpen": 0.5,

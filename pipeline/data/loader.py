@@ -89,6 +89,20 @@ class ClipLoader:
         """Optimiser steps; the last one may be smaller."""
         return -(-self.samples_per_epoch // self.plan.batch_size)
 
+    @property
+    def samples_per_pass(self) -> int:
+        """Different samples of one forward pass over all processes, in the largest step of an epoch."""
+        step = min(self.plan.batch_size, self.samples_per_epoch)
+        return min(self.world * self._rows(step), self.samples_per_epoch)
+
+    def _rows(self, samples: int) -> int:
+        """Rows of a micro-batch of one process in a step of so many samples.
+
+        All processes need equally many, and batch norm more than one where the batch size allows it.
+        """
+        parts = self.world * self.plan.accumulate
+        return max(-(-samples // parts), 2 if self.plan.batch_size >= 2 * parts else 1)
+
     def _micro_batches(self, epoch: int, first_step: int) -> Iterator[np.ndarray]:
         """(video, sample) pairs of this process, micro-batch by micro-batch."""
         plan = self.plan
@@ -96,10 +110,8 @@ class ClipLoader:
         parts = self.world * plan.accumulate
         for step in range(first_step, self.steps_per_epoch):
             chunk = order[step * plan.batch_size : (step + 1) * plan.batch_size]
-            # All processes need equally many rows, and batch norm more than one where the batch size allows it: a batch
-            # that is too small is filled up with the first samples of the epoch.
-            rows = max(-(-len(chunk) // parts), 2 if plan.batch_size >= 2 * parts else 1)
-            chunk = np.concatenate([chunk, np.resize(order, (rows * parts - len(chunk), 2))])
+            # A batch that is too small is filled up with the first samples of the epoch.
+            chunk = np.concatenate([chunk, np.resize(order, (self._rows(len(chunk)) * parts - len(chunk), 2))])
             for micro in np.split(chunk, plan.accumulate):
                 yield np.split(micro, self.world)[self.rank]
 

@@ -50,11 +50,11 @@ class BarlowTwins(PairMethod):
     def check(cls, params: BarlowTwinsParams, context: MethodContext, videos: int) -> list[str]:
         # A correlation matrix from B samples has rank B - 1 at most, so with a unit diagonal its off-diagonal squares sum to
         # D^2 / (B - 1) - D or more; a loss above 1 is worse than collapse.
-        floor = params.redundancy_weight * (params.embedding_dim / max(context.global_batch - 1, 1) - 1)
+        floor = params.redundancy_weight * (params.embedding_dim / max(context.forward_batch - 1, 1) - 1)
         line = (
-            f"methods.barlow.embedding_dim = {params.embedding_dim}: a batch of {context.global_batch} samples cannot decorrelate so many "
+            f"methods.barlow.embedding_dim = {params.embedding_dim}: a batch of {context.forward_batch} samples cannot decorrelate so many "
             f"columns (the loss of equal views stays above {floor:.1f}; a collapsed network has 1). Use a smaller embedding_dim, a "
-            f"smaller redundancy_weight or a larger pretrain.batch_size."
+            f"smaller redundancy_weight or more samples a forward pass (pretrain.batch_size / pretrain.accumulate)."
         )
         return [line] if floor >= 1 else []
 

@@ -61,6 +61,13 @@ class MethodContext:
     image_size: int = 224
     classes: int = 0
     """Classes of the labels in `ClipBatch.label`; 0 where the method reads none (`Method.label_share`)."""
+    samples_per_pass: int | None = None
+    """Different samples of one forward pass over all processes; None: as many as `global_batch`."""
+
+    @property
+    def forward_batch(self) -> int:
+        """Samples a loss over the gathered batch compares: accumulation (`pretrain.accumulate`) makes them fewer than `global_batch`."""
+        return self.global_batch if self.samples_per_pass is None else self.samples_per_pass
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,14 @@ class Setting:
         pretrain = config.pretrain
         batch = max(1, pretrain.batch_size // pretrain.accumulate)
         return cls(pretrain.backbone, pretrain.image_size, batch, pretrain.scope, labelled)
+
+    def lonely(self, why: str) -> list[str]:
+        """The line for a method that wants several samples in a forward pass, where there is one; `why` ends its first sentence."""
+        line = (
+            f"pretrain.batch_size: 1 sample a forward pass (batch_size / accumulate) {why}. Use at least 2 for each of pretrain.accumulate, "
+            f"better 32."
+        )
+        return [line] if self.batch_size < 2 else []
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,11 @@ class Method:
     def label_share(cls, params: Any) -> float:
         """Share of the labelled videos whose class this method reads in `ClipBatch.label`; 0 for a self-supervised method."""
         return 0.0
+
+    @classmethod
+    def contrasts(cls, params: Any) -> bool:
+        """Whether the loss sets each sample against negatives, at `temperature`: warnings advise on what a method has."""
+        return False
 
     @classmethod
     def leaves_pyramid(cls, params: Any) -> bool:
@@ -252,11 +272,7 @@ class PairMethod(Method):
 
     @classmethod
     def problems(cls, params: PairParams, setting: Setting) -> list[str]:
-        line = (
-            f"pretrain.batch_size: {setting.batch_size} sample a forward pass (batch_size / accumulate) leaves the batch norm of the "
-            f"projection head nothing to average. Use at least 2, better 32."
-        )
-        return [line] if setting.batch_size < 2 else []
+        return setting.lonely("leaves the batch norm of the projection head nothing to average")
 
     def two_outputs(self, batch: ClipBatch, prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs of trunk and head for the first and the second view, [B, D] each."""
@@ -297,6 +313,10 @@ class MomentumMethod(Method):
         self.networks["key_head"] = momentum.momentum_copy(self.networks["head"])
         dtype = next(backbone.parameters()).dtype
         self.bank = momentum.EmbeddingBank(bank_rows, projections * params.embedding_dim, dtype=dtype)
+
+    @classmethod
+    def contrasts(cls, params: Any) -> bool:
+        return True
 
     def before_step(self, progress: Progress) -> None:
         for part in ("backbone", "head"):

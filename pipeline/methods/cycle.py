@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.data import clips
 from pipeline.methods.base import ClipBatch, MethodContext, MethodParams, MomentumMethod, Progress, StepOutput, slow_twin_warning
@@ -47,6 +47,14 @@ class CycleContrastParams(MethodParams):
     embedding_dim: int = Field(128, ge=2)
     momentum: float = Field(0.999, ge=0, le=1)
     batch_shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _support(self) -> CycleContrastParams:
+        if self.support_size > self.queue_size:
+            raise ValueError(
+                f"support_size ({self.support_size}) must be at most queue_size ({self.queue_size}): neighbours are mixed from the queue"
+            )
+        return self
 
 
 @METHODS.register("cycle")

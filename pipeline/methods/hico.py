@@ -104,6 +104,10 @@ class HiCo(Method):
         return 0.0 if params.objective == "self" else params.label_fraction
 
     @classmethod
+    def contrasts(cls, params: HiCoParams) -> bool:
+        return params.objective != "supervised"
+
+    @classmethod
     def leaves_pyramid(cls, params: HiCoParams) -> bool:
         return params.objective != "supervised"
 
@@ -119,11 +123,8 @@ class HiCo(Method):
     def problems(cls, params: HiCoParams, setting: Setting) -> list[str]:
         line = catalog.levels_problem(catalog.describe(setting.backbone), "pretrain.method: hico")
         lines = [line] if line else []
-        if params.objective != "supervised" and setting.batch_size < 2:
-            lines.append(
-                "pretrain.batch_size: HiCo contrasts the videos of a batch, and a forward pass has 1. Use at least 2 samples for each of "
-                "pretrain.accumulate, better 32."
-            )
+        if cls.contrasts(params):
+            lines += setting.lonely("leaves HiCo no video to contrast: its contrastive loss is constantly 0")
         known = {name: count for name, count in (setting.labelled or {}).items() if count}
         if params.objective != "self" and setting.labelled is not None and len(known) < 2:
             found = f"{sum(known.values())} labelled videos of {len(known)} classes"
@@ -135,13 +136,16 @@ class HiCo(Method):
 
     @classmethod
     def check(cls, params: HiCoParams, context: MethodContext, videos: int) -> list[str]:
+        warnings = []
+        if cls.contrasts(params) and videos < 2:
+            warnings.append(f"{videos} video: HiCo has no negatives, its contrastive loss is constantly 0. Use at least 2 videos, better many more.")
         weights = sum(levels.WIDTH**2 * levels.map_side(name, context.image_size) ** 2 for name in params.maps().values())
-        if params.projector_pool == "gap" or weights < LARGE:
-            return []
-        return [
-            f"methods.hico.projector_pool = flatten: at pretrain.image_size = {context.image_size} the level projectors hold "
-            f"{weights / 1e6:.0f} million weights, several times the trunk. `gap` needs {len(params.maps()) * levels.WIDTH**2 / 1e6:.1f} million."
-        ]
+        if params.projector_pool == "flatten" and weights >= LARGE:
+            warnings.append(
+                f"methods.hico.projector_pool = flatten: at pretrain.image_size = {context.image_size} the level projectors hold "
+                f"{weights / 1e6:.0f} million weights, several times the trunk. `gap` needs {len(params.maps()) * levels.WIDTH**2 / 1e6:.1f} million."
+            )
+        return warnings
 
     def compile(self) -> None:
         for stage in ("layer1", "layer2", "layer3", "layer4"):  # `levels.stage_maps` calls them one by one

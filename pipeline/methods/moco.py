@@ -63,6 +63,11 @@ class MoCo(MomentumMethod):
                 f"methods.moco.queue_size = {params.queue_size} is larger than the {steps * context.global_batch} keys of the whole run; "
                 f"unused rows are masked, so the number of negatives grows during training."
             )
+        if videos < 2 and params.queue_exclude_own_video:
+            warnings.append(
+                "methods.moco.queue_exclude_own_video: true with a single video leaves no negatives, the loss is constantly 0. Use more "
+                "videos, or set it to false."
+            )
         return warnings
 
     def chance_loss(self, progress: Progress) -> float | torch.Tensor:

@@ -151,9 +151,7 @@ class MSN(Method):
                     f"methods.msn.{ratio}: {drop:g} drops all {number} patches of an image of {size} pixels; at most "
                     f"{math.floor(100 * (1 - 1 / number)) / 100:g} leaves one"
                 )
-        if setting.batch_size < 2:
-            lines.append("pretrain.batch_size: one sample a forward pass; the batch norm of method msn needs at least 2, better 32")
-        return lines
+        return [*lines, *setting.lonely("leaves the batch norm of the projection head nothing to average")]
 
     @classmethod
     def check(cls, params: MSNParams, context: MethodContext, videos: int) -> list[str]:

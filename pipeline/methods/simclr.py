@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from pipeline.methods.base import ClipBatch, Method, MethodContext, MethodParams, Progress, StepOutput
+from pipeline.methods.base import ClipBatch, Method, MethodContext, MethodParams, Progress, Setting, StepOutput
 from pipeline.registry import METHODS, LazyModule
 
 if TYPE_CHECKING:
@@ -46,16 +46,24 @@ class SimCLR(Method):
     def __init__(self, backbone: torch.nn.Module, params: SimCLRParams, context: MethodContext) -> None:
         super().__init__(backbone, params, context)
         self.networks["head"] = heads.projection_mlp(context.feature_dim, params.embedding_dim)
-        self._logits = 2 * context.global_batch - 1
+        self._logits = 2 * context.forward_batch - 1
+
+    @classmethod
+    def contrasts(cls, params: SimCLRParams) -> bool:
+        return True
 
     @classmethod
     def draw(cls, params: SimCLRParams, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return {"view": np.repeat(rng.integers(num_frames), 2)}
 
     @classmethod
+    def problems(cls, params: SimCLRParams, setting: Setting) -> list[str]:
+        return setting.lonely("leaves SimCLR no negatives: its loss is constantly 0")
+
+    @classmethod
     def check(cls, params: SimCLRParams, context: MethodContext, videos: int) -> list[str]:
-        if context.global_batch < 2:
-            return ["pretrain.batch_size = 1: SimCLR has no negatives, its loss is constantly 0. Use at least 2, better 32."]
+        if context.forward_batch < 2:
+            return ["an epoch has 1 sample, so SimCLR has no negatives. Use more videos, or raise pretrain.samples_per_video."]
         return []
 
     def chance_loss(self, progress: Progress) -> float:

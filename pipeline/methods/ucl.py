@@ -95,6 +95,10 @@ class UCLParams(MethodParams):
             raise ValueError(f"soft_nn_temperature must be above 0, or -1 for `temperature`; got {self.soft_nn_temperature}")
         if isinstance(self.bank_size, int) and self.bank_size < 1:
             raise ValueError(f"bank_size must be at least 1, or auto; got {self.bank_size}")
+        if isinstance(self.bank_size, int) and self.support_size > self.bank_size and self.cross_negative == "soft_topk":
+            raise ValueError(
+                f"support_size ({self.support_size}) must be at most bank_size ({self.bank_size}): the cross-video negative is mixed from the bank"
+            )
         return self
 
     @property
@@ -158,7 +162,12 @@ class UCL(MomentumMethod):
                 f"methods.ucl.cross_only_epochs = {params.cross_only_epochs} is not below pretrain.epochs = {context.epochs}: the "
                 f"intra-video negatives are never used."
             )
-        if context.global_batch == 1 and params.bank_exclude_own_video and params.bank_size == "auto":
+        if videos < 2 and params.bank_exclude_own_video:
+            warnings.append(
+                "methods.ucl.bank_exclude_own_video: true with a single video leaves no cross-video negative: the loss is constantly 0 in the "
+                "first cross_only_epochs. Use more videos, or set cross_only_epochs to 0."
+            )
+        elif context.global_batch == 1 and params.bank_exclude_own_video and params.bank_size == "auto":
             warnings.append(
                 "pretrain.batch_size = 1 with methods.ucl.bank_size = auto: the bank holds the anchor's own video only, so there is "
                 "no cross-video negative. Set bank_size to several times num_negatives."

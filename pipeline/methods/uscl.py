@@ -92,6 +92,10 @@ class USCL(Method):
         return params.label_fraction if params.supervised_weight > 0 else 0.0
 
     @classmethod
+    def contrasts(cls, params: USCLParams) -> bool:
+        return True
+
+    @classmethod
     def draw(cls, params: USCLParams, num_frames: int, epoch: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         return clips.draw_pair(params.pair, num_frames, rng)
 
@@ -101,11 +105,7 @@ class USCL(Method):
 
     @classmethod
     def problems(cls, params: USCLParams, setting: Setting) -> list[str]:
-        alone = (
-            "pretrain.batch_size: USCL contrasts the videos of a batch, and a forward pass has 1, for which its loss is constantly 0. Use "
-            "at least 2 samples for each of pretrain.accumulate, better 32."
-        )
-        lines = [alone] if setting.batch_size < 2 else []
+        lines = setting.lonely("leaves USCL no video to contrast: its loss is constantly 0")
         if params.supervised_weight == 0 or setting.labelled is None:
             return lines
         known = [name for name, count in setting.labelled.items() if count]

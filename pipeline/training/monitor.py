@@ -46,17 +46,18 @@ class Monitor:
         return numbers if accuracy is None else {**numbers, "knn_balanced_accuracy": accuracy}
 
     @staticmethod
-    def warning(numbers: dict[str, float]) -> str | None:
-        """A sentence when the embeddings look collapsed, else None."""
+    def warning(numbers: dict[str, float], contrasts: bool) -> str | None:
+        """A sentence when the embeddings look collapsed, else None. `contrasts`: as in `chance_warning`."""
         if numbers["embedding_std"] < 0.05 or numbers["effective_rank"] < 1.5:
             return (
                 f"embeddings look collapsed (std {numbers['embedding_std']:.3f}, 1 is spread evenly; effective rank "
-                f"{numbers['effective_rank']:.1f}). Lower the learning rate, raise the temperature, or use more negatives."
+                f"{numbers['effective_rank']:.1f}). Lower the learning rate"
+                f"{', raise the temperature, or use more negatives' if contrasts else ', or use larger batches'}."
             )
         return None
 
 
-def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, rate: float) -> tuple[int, str] | None:
+def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, rate: float, contrasts: bool) -> tuple[int, str] | None:
     """(epoch, sentence) for the first epoch behind the first quarter of training whose mean loss is not 1 % below chance.
 
     Statistics of the backbone cannot show this: the head alone may map all images to one point while the backbone still
@@ -64,7 +65,7 @@ def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, rate: float
 
     Args:
         rows: curves so far, with `epoch`, `loss`, and `chance_loss` or `output_spread`. epochs: of the whole run. rate: the given
-            learning rate.
+            learning rate. contrasts: the method has negatives and their temperature (`Method.contrasts`).
     """
     for row in rows:
         chance, late = row.get("chance_loss"), 4 * row["epoch"] >= epochs
@@ -74,10 +75,10 @@ def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, rate: float
                 f"low because it has collapsed. Lower pretrain.optimizer.lr (now {rate:g}) or use larger batches."
             )
         if chance is not None and late and chance > 0 and row["loss"] >= 0.99 * chance:
+            meaning = "does not tell the positive from the negatives" if contrasts else "does no better than one output for all images"
             return int(row["epoch"]), (
-                f"the loss ({row['loss']:.3f}) has not left chance level ({chance:.3f}) after a quarter of training: the network does "
-                f"not tell the positive from the negatives. Lower pretrain.optimizer.lr (now {rate:g}), take adamw at 0.001, or raise the "
-                f"temperature."
+                f"the loss ({row['loss']:.3f}) has not left chance level ({chance:.3f}) after a quarter of training: the network {meaning}. "
+                f"Lower pretrain.optimizer.lr (now {rate:g}){', take adamw at 0.001, or raise the temperature' if contrasts else ' or take adamw at 0.001'}."
             )
     return None
 

@@ -101,9 +101,10 @@ class Pretraining:
             )
         self.context = MethodContext(
             features, params.epochs, self.loader.steps_per_epoch, params.batch_size, params.seed, params.image_size,
-            len(inputs.target_classes),
+            len(inputs.target_classes), self.loader.samples_per_pass,
         )
         self.method: Method = kind(backbone, config.method_params, self.context)
+        self.contrasts = kind.contrasts(config.method_params)
         self.monitor = Monitor(params.monitor, frames, labels, inputs.groups, params.image_size)
         self.rows: list[dict[str, Any]] = []
         self.epoch, self.step_in_epoch, self.sums = 0, 0, defaultdict(float)
@@ -154,16 +155,27 @@ class Pretraining:
                 f"pretrain.batch_size = {params.batch_size} is not a multiple of {world} processes x {params.accumulate} micro-batches: "
                 f"every step is filled up to {-(-params.batch_size // parts) * parts} with repeated samples"
             )
-        if params.image_size <= 32 and params.batch_size <= parts and describe(params.backbone).family == "resnet":
+        # Rows that batch norm averages; synchronised, it sees those of all processes.
+        sync = params.sync_batchnorm
+        rows = max(1, params.batch_size // parts) * (world if sync else 1)
+        two = 2 * params.accumulate * (1 if sync else world)
+        where = f"({world} processes x {params.accumulate} micro-batches)"
+        if params.image_size <= 32 and rows < 2 and describe(params.backbone).family == "resnet":
             raise PipelineError(
-                f"pretrain.batch_size: {params.batch_size} gives each forward pass one image, and pretrain.image_size {params.image_size} "
-                f"ends in one pixel: batch norm has nothing to average. Use at least {2 * parts} samples, or images above 32 pixels."
+                f"pretrain.batch_size: {params.batch_size} gives each forward pass one image {where}, and pretrain.image_size {params.image_size} "
+                f"ends in one pixel: batch norm has nothing to average. Use at least {two} samples, or images above 32 pixels."
             )
-        if params.batch_size < 2 * parts and any(isinstance(part, nn.BatchNorm1d) for part in self.method.networks.modules()):
+        if rows > 2 or not any(isinstance(part, nn.BatchNorm1d) for part in self.method.networks.modules()):
+            return warnings
+        if rows < 2:
             raise PipelineError(
-                f"pretrain.batch_size: {params.batch_size} gives each forward pass one sample ({world} processes x {params.accumulate} "
-                f"micro-batches), and the batch norm in the head of {params.method} has nothing to average. Use at least {2 * parts}."
+                f"pretrain.batch_size: {params.batch_size} gives each forward pass one sample {where}, and the batch norm in the head of "
+                f"{params.method} has nothing to average. Use at least {two}, better {16 * two}."
             )
+        warnings.append(
+            f"pretrain.batch_size = {params.batch_size} gives each forward pass two samples {where}: of two numbers the batch norm in the head of "
+            f"{params.method} keeps only which is larger, and its gradients are erratic. Use at least {2 * two}, better {16 * two}."
+        )
         return warnings
 
     # --- state -------------------------------------------------------------------------------------------------------
@@ -323,10 +335,10 @@ class Pretraining:
         measured: dict[str, float] = {}
         if self.epoch % params.monitor.every_epochs == 0 or last:
             measured = self._measure()
-            self._warn(self.monitor.warning(measured))
+            self._warn(self.monitor.warning(measured, self.contrasts))
         row |= measured
         self.rows.append(row)
-        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr)
+        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr, self.contrasts)
         if stuck and stuck[0] == self.epoch:
             self._warn(stuck[1])
         shown = {**row, **self.speed}
@@ -354,7 +366,7 @@ class Pretraining:
     def export(self, folder: Path) -> None:
         """Write encoder.safetensors, card.json, curves.csv and, where the method has any, extras.safetensors into `folder` (first process)."""
         params, inputs = self.config.pretrain, self.inputs
-        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr)
+        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr, self.contrasts)
         last = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k != "epoch"}
         card = {
             "schema": 1, "fingerprint": inputs.fingerprint, "method": params.method, "backbone": params.backbone,
