@@ -20,7 +20,7 @@ from pipeline.errors import CheckpointError
 from pipeline.files import atomic_write, write_json
 
 __all__ = [
-    "export_encoder", "latest_checkpoint", "load_checkpoint", "read_state_dict", "save_checkpoint", "save_tensors",
+    "export_encoder", "latest_checkpoint", "load_checkpoint", "missing_weights", "read_state_dict", "save_checkpoint", "save_tensors",
 ]
 
 FORMAT = 1
@@ -136,6 +136,12 @@ def _demand_stored(path: Path, key: str) -> None:
         )
 
 
+def missing_weights(path: Path, key: str) -> str:
+    """The line that says that no weights file is at `path`."""
+    what = "is a folder; name the weights file in it" if path.is_dir() else "does not exist"
+    return f"{key}: {path} {what}. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt)."
+
+
 def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.Tensor]:
     """Tensors of a weights file: safetensors, or a torch file read with weights-only loading.
 
@@ -146,7 +152,7 @@ def read_state_dict(path: Path, key: str = "pretrain.init") -> dict[str, torch.T
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{key}: {path} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
+        raise CheckpointError(missing_weights(path, key))
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))

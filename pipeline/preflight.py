@@ -6,7 +6,9 @@ sentence at once, and not with DVC's "No such file" behind an hour of other stag
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError
@@ -14,6 +16,9 @@ from pipeline.grid import candidates
 from pipeline.methods.base import Setting
 from pipeline.models.catalog import LEVEL_HEADS, describe, levels_problem, missing_problems, size_problem, trainable_problem
 from pipeline.registry import BACKBONES, HEADS, METHODS, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["check_named_files", "method_problems"]
 
@@ -100,8 +105,27 @@ def _selection_problems(config: Config) -> list[str]:
     return lines
 
 
+def _pyramid_problems(config: Config, head: str, extras: Mapping[str, torch.Tensor]) -> list[str]:
+    """What a head of several levels says against the tensors of a file. Built without memory: it may have hundreds of millions of weights."""
+    import torch
+
+    from pipeline.models.backbones import build_trunk
+    from pipeline.models.levels import stage_channels
+
+    info = describe(config.pretrain.backbone)
+    if levels_problem(info, "finetune.head"):
+        return []  # said with the backbone
+    with torch.device("meta"):
+        channels = stage_channels(build_trunk(info, config.pretrain.image_size))
+        try:
+            HEADS.get(head)(channels, 2, config.pretrain.image_size, {name: value.to("meta") for name, value in extras.items()})
+        except CheckpointError as error:
+            return [str(error)]
+    return []
+
+
 def _head_problems(config: Config, head: str) -> list[str]:
-    """A head that continues from a pretrained pyramid, where pretraining leaves none. Imports torch for a file of weights."""
+    """A head that continues from a pretrained pyramid, where pretraining leaves none or not all of it. Imports torch for a file of weights."""
     pretrain = config.pretrain
     kind = METHODS.get(pretrain.method)
     if head not in LEVEL_HEADS or "pretrained" not in config.finetune.initialisations or kind.leaves_pyramid(config.method_params):
@@ -110,10 +134,11 @@ def _head_problems(config: Config, head: str) -> list[str]:
         from pipeline.models.published import initial_tensors, to_extras
 
         try:
-            if to_extras(initial_tensors(pretrain.backbone, pretrain.init)[0]):
-                return []
+            extras = to_extras(initial_tensors(pretrain.backbone, pretrain.init)[0])
         except CheckpointError:
             return []  # said with the weights
+        if extras:
+            return _pyramid_problems(config, head, extras)
     return [
         f"finetune.head: {head} continues from the pyramid that HiCo leaves beside the trunk; pretrain.method {pretrain.method} leaves none "
         f"here. Use pretrain.method: hico (objective semi or self), or random with pretrain.init a file of HiCo, or another head."
@@ -122,7 +147,7 @@ def _head_problems(config: Config, head: str) -> list[str]:
 
 def _weights_problems(config: Config) -> list[str]:
     """Weights that are not there or do not fit the backbone: said now, and not behind hours of extraction. Imports torch."""
-    from pipeline.models.published import initial_tensors, to_trunk
+    from pipeline.models.published import initial_tensors, to_extras, to_trunk
 
     pretrain = config.pretrain
     try:
@@ -130,6 +155,12 @@ def _weights_problems(config: Config) -> list[str]:
         to_trunk(tensors, pretrain.backbone, source=source, allow_missing=pretrain.init_allow_missing)
     except CheckpointError as error:
         return [str(error)]
+    if METHODS.get(pretrain.method).trains:
+        return []
+    try:
+        to_extras(tensors)  # handed on as they are
+    except CheckpointError as error:
+        return [f"pretrain.init: {source}: {error}"]
     return []
 
 
@@ -159,7 +190,9 @@ def check_named_files(config: Config) -> None:
         lines += _backbone_problems(config)
     init = config.pretrain.init
     if init not in ("random", "imagenet") and not Path(init).is_file():
-        lines.append(f"pretrain.init: {init} does not exist. Allowed: random, imagenet, or a weights file (.safetensors, .pth, .pt).")
+        from pipeline.checkpoint import missing_weights
+
+        lines.append(missing_weights(Path(init), "pretrain.init"))
     elif init != "random" and known_backbone:
         lines += _weights_problems(config)
     lines += [line for head in heads for line in _head_problems(config, head)]

@@ -171,6 +171,8 @@ def test_read_state_dict__messages(tmp_path: Path) -> None:
         match=r"pretrain\.init: .*imagnet does not exist\. Allowed: random, imagenet, or a weights file",
     ):
         read_state_dict(tmp_path / "imagnet")
+    with pytest.raises(CheckpointError, match=r"is a folder; name the weights file in it\. Allowed: random, imagenet, or a weights file"):
+        read_state_dict(tmp_path)
     torch.save({"state_dict": Payload(tmp_path / "x")}, tmp_path / "code.pth")
     with pytest.raises(
         CheckpointError,

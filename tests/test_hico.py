@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from golden_tools import Mismatch
 from torch.nn.parallel import DistributedDataParallel
 from training_kit import make_config, make_method, make_project
+from weights_kit import hico_file
 
 from pipeline import distributed, losses
 from pipeline.checkpoint import read_state_dict
@@ -336,7 +337,13 @@ def test_heads__the_list_of_those_that_take_levels_is_true() -> None:
     assert [name for name in HEADS.names() if getattr(HEADS.get(name), "takes_levels", False)] == list(LEVEL_HEADS)
 
 
-@pytest.mark.parametrize("changes", [{}, {"projector_pool": "flatten"}, {"smooth_p5": True}, {"classifier_input": "global"}, {"objective": "self"}], ids=str)
+CHANGES: list[dict[str, Any]] = [
+    {}, {"projector_pool": "flatten"}, {"smooth_p5": True},
+    {"classifier_input": "global"}, {"objective": "self"}, {"medium_level": "p4"},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_heads__load_what_pretraining_left(changes: dict[str, Any]) -> None:
     """hico_pyramid: everything there is; hico_official: the pyramid alone."""
     extras = make_method("hico", **changes).exports()
@@ -356,6 +363,21 @@ def test_heads__load_what_pretraining_left(changes: dict[str, Any]) -> None:
         assert not network.cacheable
 
 
+@pytest.mark.parametrize("gone", ["lf", "l4", "l3", "features.smooth1", "features.smooth2", "features.latlayer3"])
+def test_heads__a_file_of_the_published_program_is_whole(gone: str) -> None:
+    """What our pretraining may leave out is in every whole file of the program."""
+    file = hico_file({"conv1.weight": torch.zeros(1)})
+    for head in LEVEL_HEADS:
+        assert float(classifier(head, to_extras(file)).head.pyramid.smooth["p4"].bias.detach().mean()) == 1
+    part = to_extras({name: value for name, value in file.items() if name != f"{gone}.bias"})
+    for head in LEVEL_HEADS:
+        if head == "hico_official" and gone.startswith("l"):
+            classifier(head, part)
+        else:
+            with pytest.raises(CheckpointError, match=r"1 of them are missing: [\w.]+.bias\. They would stay random and frozen"):
+                classifier(head, part)
+
+
 def test_heads__refuse_what_they_cannot_use() -> None:
     with pytest.raises(CheckpointError, match="hico_pyramid wants the pyramid and projectors that HiCo pretraining leaves"):
         classifier("hico_pyramid", {})
@@ -365,6 +387,15 @@ def test_heads__refuse_what_they_cannot_use() -> None:
     flat = make_method("hico", projector_pool="flatten").exports()
     with pytest.raises(CheckpointError, match="Flattened projectors fit one image size only"):
         classifier("hico_pyramid", flat, size=64)
+    both = ("weight", "bias")
+    first = ("pyramid.lateral.p5.weight", "pyramid.lateral.p5.bias", "levels.p2.hidden.weight")
+    part = {name: value for name, value in make_method("hico").exports().items() if name in first}
+    official = [f"pyramid.{name}.{what}" for name in ("lateral.p2", "lateral.p3", "lateral.p4", "smooth.p2", "smooth.p3") for what in both]
+    with pytest.raises(CheckpointError, match=f"hico_official wants 14 tensors .* and 10 of them are missing: {', '.join(official)}. They would stay random"):
+        classifier("hico_official", part)
+    projectors = ["levels.p2.hidden.bias", *(f"levels.{name}.hidden.{what}" for name in ("p3", "p5") for what in both)]
+    with pytest.raises(CheckpointError, match=f"hico_pyramid wants 24 tensors .* and 15 of them are missing: {', '.join([*official, *projectors])}. They"):
+        classifier("hico_pyramid", part)
     with pytest.raises(ConfigError, match="finetune.head: hico_official wants features of several levels, and vit_tiny has one"):
         classifier("hico_official", None, name="vit_tiny")
 

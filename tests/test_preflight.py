@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weights_kit import hico_file
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -38,6 +39,11 @@ def test_preflight__phantoms_need_not_exist_yet_and_relative_paths_are_explained
     check_named_files(config())
     with pytest.raises(ConfigError, match="queued experiment a relative path"):
         check_named_files(config(data={"source": "nowhere/clips"}))
+
+
+def test_preflight__a_folder_is_no_weights_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"1 problem\n  pretrain.init: .* is a folder; name the weights file in it. Allowed: random, imagenet"):
+        check_named_files(config(pretrain={"init": str(tmp_path)}))
 
 
 @pytest.mark.parametrize(
@@ -110,10 +116,19 @@ def test_preflight__heads_that_continue_from_a_pyramid(head: str, tmp_path: Path
     from pipeline.models.backbones import build_backbone
 
     trunk = build_backbone("resnet10")[0].state_dict()
-    hico = {f"features.R18.{name}": value for name, value in trunk.items()} | {"features.toplayer.weight": torch.ones(2)}
-    for name, tensors, problems in (("hico.pth", hico, 0), ("plain.pth", trunk, 1)):
+    whole = hico_file(trunk)
+    part = {name: value for name, value in whole.items() if name.startswith(("features.R18.", "features.toplayer.", "l2."))}
+    for name, tensors, problem in (
+        ("hico.pth", whole, None), ("plain.pth", trunk, "continues from the pyramid"), ("part.pth", part, "are missing: pyramid.lateral.p2.weight,"),
+    ):
         torch.save(tensors, tmp_path / name)
-        assert len(lines(method="random", backbone="resnet10", init=str(tmp_path / name))) == problems
+        found = lines(method="random", backbone="resnet10", image_size=32, init=str(tmp_path / name))
+        assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
+    torch.save(whole | {"lf.bias": torch.full((256,), float("nan"))}, tmp_path / "nan.pth")
+    (line,) = lines(method="random", backbone="resnet10", image_size=32, init=str(tmp_path / "nan.pth"))
+    assert line.startswith("  pretrain.init: nan.pth: 1 tensors cannot be weights (classifier.0.bias: not finite)")
+    larger = lines(method="random", backbone="resnet10", image_size=64, init=str(tmp_path / "hico.pth"))
+    assert (larger == []) if head == "hico_official" else ("Flattened projectors fit one image size only" in larger[0])
 
 
 @pytest.mark.parametrize("part", ["nrom", "blocks.12"])

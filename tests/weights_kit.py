@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.files import write_json
 from pipeline.models.backbones import build_backbone
 from pipeline.models.classifier import Classifier
 
-__all__ = ["GROUPS", "PREPROCESSING", "make_classifier", "make_encoder"]
+__all__ = ["GROUPS", "PREPROCESSING", "hico_file", "make_classifier", "make_encoder"]
 
 GROUPS = ["P0ba3c23bb0", "P10b1e9bb64", "P1b6d11ab68", "P4689568dc8", "P4690947629"]
 PREPROCESSING = {"color": "gray", "stored_short_side": 96, "resize": "short_side", "working_size": 40, "normalization": "imagenet"}
@@ -27,6 +28,19 @@ def _lively(network: torch.nn.Module) -> torch.nn.Module:
         elif name.endswith("running_var"):
             value.mul_(0.5 + torch.rand(value.shape, generator=generator))
     return network
+
+
+def hico_file(trunk: Mapping[str, torch.Tensor], image_size: int = 32) -> dict[str, torch.Tensor]:
+    """What HiCo's program saves around a trunk that ends in 512 channels; all that is not of the trunk is 1."""
+    shapes = {"lf": (256, 512), "fc": (3, 256), "l22": (256, 256), "l33": (256, 256), "l55": (256, 256)}
+    shapes |= {f"l{k}": (256, 256 * (image_size // 2**k) ** 2) for k in (2, 3, 4, 5)}
+    laterals = {"toplayer": 512, "latlayer1": 256, "latlayer2": 128, "latlayer3": 64}
+    shapes |= {f"features.{name}": (256, width, 1, 1) for name, width in laterals.items()}
+    shapes |= {f"features.smooth{i}": (256, 256, 3, 3) for i in (1, 2, 3)}
+    file = {f"features.R18.{name}": value for name, value in trunk.items()}
+    for name, shape in shapes.items():
+        file |= {f"{name}.weight": torch.ones(shape), f"{name}.bias": torch.ones(shape[0])}
+    return file
 
 
 def make_encoder(folder: Path, name: str, **changes: Any) -> Path:

@@ -123,7 +123,8 @@ class PyramidHead(nn.Module):
     """One linear layer on [relu(U_k pool(P_k)) for k = 2 ... 5, relu(U_f f)], each 256 wide. C2 ... C5 -> [B, C] logits.
 
     HiCo's fine-tuning network. Only the linear layer and the pyramid's P5 convolution train; the rest of the pyramid, U_k and U_f
-    stay as pretrained, and at their random initialisation where pretraining left none (U_4 always, since no loss reaches it).
+    stay as pretrained. Random where our pretraining has none, since no loss reaches it: the 3x3 convolution and U_k of the map that is
+    not the medium level (k = 4, or 3 with `medium_level: p4`), and U_f where nothing is classified from f. All else must be there.
 
     Args:
         channels: of C2 ... C5. extras: what pretraining exported beside the trunk; None for a network without pretraining.
@@ -152,31 +153,49 @@ class PyramidHead(nn.Module):
 
     def _pool(self, given: Mapping[str, torch.Tensor]) -> levels.Pool:
         """As in pretraining: flattened maps need wider projectors."""
-        width = given["levels.p2.hidden.weight"].shape[1] if "levels.p2.hidden.weight" in given else levels.WIDTH
+        width = given["levels.p2.hidden.weight"].shape[-1] if "levels.p2.hidden.weight" in given else levels.WIDTH
         return "gap" if width == levels.WIDTH else "flatten"
 
     def _load(self, extras: Mapping[str, torch.Tensor]) -> None:
-        """Raises `CheckpointError` where the pretraining left no pyramid, or one for other images or another trunk."""
-        if self.keeps_projectors and "levels.p2.hidden.weight" not in extras:
+        """Raises `CheckpointError` where the pretraining left no pyramid, a part of it, or one for other images or another trunk."""
+        none = not any(name.startswith(("pyramid.", "levels.")) for name in extras)
+        if self.keeps_projectors and none:
             raise CheckpointError(
                 "finetune.head: hico_pyramid wants the pyramid and projectors that HiCo pretraining leaves beside the trunk (extras.safetensors), "
                 "and this encoder has none. Use pretrain.method: hico (objective semi or self), or another finetune.head."
             )
-        if not any(name.startswith("pyramid.") for name in extras):
+        if none:
             raise CheckpointError(
                 "finetune.head: hico_official wants the pyramid that HiCo pretraining leaves beside the trunk (extras.safetensors), and this "
                 "encoder has none: a random pyramid would stay frozen. Use pretrain.method: hico, or another finetune.head."
             )
         kept = ("pyramid.", "levels.", "features.") if self.keeps_projectors else ("pyramid.",)
         renamed = {name.replace("classifier.0.", "features."): value for name, value in extras.items()}
-        own = {name: value for name, value in self.state_dict().items() if name.startswith(kept) and name in renamed}
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(kept)}
+        spare = self._spare(renamed)
+        missing = [name for name in own if name not in renamed and not name.startswith(spare)]
+        if missing:
+            raise CheckpointError(
+                f"finetune.head: {'hico_pyramid' if self.keeps_projectors else 'hico_official'} wants {len(own)} tensors that HiCo leaves "
+                f"beside the trunk, and {len(missing)} of them are missing: {', '.join(missing)}. They would stay random and frozen. Use a "
+                f"whole file, or another finetune.head."
+            )
+        own = {name: value for name, value in own.items() if name in renamed}
         wrong = [f"{n} {tuple(renamed[n].shape)} instead of {tuple(v.shape)}" for n, v in own.items() if renamed[n].shape != v.shape]
         if wrong:
             raise CheckpointError(
-                f"finetune.head: extras.safetensors is of another network: {'; '.join(wrong[:2])}. Flattened projectors fit one image "
+                f"finetune.head: what is beside the trunk is of another network: {'; '.join(wrong[:2])}. Flattened projectors fit one image "
                 f"size only; pretrain again after a change of pretrain.backbone or pretrain.image_size."
             )
         self.load_state_dict({name: renamed[name] for name in own}, strict=False)
+
+    @staticmethod
+    def _spare(given: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+        """Beginnings of names that may be absent as a whole. Only a file of the published program has both 3x3 convolutions, and all else."""
+        other = "p3" if any(name.startswith("levels.p4.out.") for name in given) else "p4"
+        parts = (f"pyramid.smooth.{other}.", f"levels.{other}.", "features.")
+        absent = tuple(part for part in parts if not any(name.startswith(part) for name in given))
+        return absent if parts[0] in absent else ()
 
     def forward(self, stages: Sequence[torch.Tensor]) -> torch.Tensor:
         maps = self.pyramid(stages)
