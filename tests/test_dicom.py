@@ -314,6 +314,31 @@ def test_identity__hashes_join_files_of_a_patient(tmp_path: Path, monkeypatch: p
     assert again["1"].patient == pseudonym("HOSP-4711", "another key"), "finished frames are reused, names are not"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "0", "0000", "000-00-0000", "XXXX", "--", "?", "***", "anon", "ANON", "Anonymous", "ANONYMIZED", "anonymised", "anonymus", "Anonym", "anonimo",
+        "De-Identified", "deidentified", "^Anonymous^", "Anonymous Patient", "UNKNOWN", "unknown name", "None", "N/A", "not available", "Test", "TEST PATIENT",
+        "no id", "removed",
+    ],
+)
+def test_identity__names_of_nobody(name: str, tmp_path: Path) -> None:
+    assert dicom.read_identity(sample.write(tmp_path / "a.dcm", PatientID=name), "a.dcm").patient == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ANON0001", "anon_17", "Anonymized0042", "ANON-00012", "ANON-B", "deidentified_3", "TEST1", "PATIENT 12", "patient0", "unknown-2", "000123", "0x1F",
+        "1", "9999", "Anona", "Testa", "NAN", "患者",
+    ],
+)
+def test_identity__a_digit_or_letter_of_its_own_makes_an_id(name: str, tmp_path: Path) -> None:
+    """One patient with two studies was taken for two where an id began with `anon`."""
+    path = sample.write(tmp_path / "a.dcm", SpecificCharacterSet="ISO_IR 192", PatientID=name)
+    assert dicom.read_identity(path, "a.dcm").patient == name
+
+
 def test_identity__an_empty_key_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     for number in (1, 2):
         sample.write(tmp_path / f"in/{number}", sample.cine(1 + number))

@@ -55,8 +55,12 @@ _TAGS = [
     *(f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
 ]
-# A patient id that stands for no patient: nothing, dashes, zeros, or what anonymisers write.
-_NO_PATIENT = re.compile(r"[\s\-_.0xX?*]*|(de)?-?anon\w*|unknown|none|null|n/?a|removed|deleted|test|patient", re.IGNORECASE)
+# A patient id that stands for no patient, without its spaces and marks: nothing, zeros, crosses, or what anonymisers write. Any
+# other digit makes it an id (ANON0001), and so does a letter that is part of no such word (ANON-B).
+_NO_PATIENT = re.compile(
+    "[0x]*|((de)?anon([iy]m[a-z]*)?|(de|un)identified|unknown|unnamed|undefined|unspecified|notavailable|none|null|na|noid|noname|nopatient"
+    "|removed|deleted|redacted|withheld|blank|empty|hidden|missing|test|dummy|patient)+(id|name)?"
+)
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ def read_identity(path: Path, shown: str) -> Identity:
     with _named(shown, "the DICOM header cannot be read"):
         dataset = _header(path, ["PatientID", "StudyInstanceUID", "Rows", "SpecificCharacterSet"])
         patient, study = (str(dataset.get(name, "") or "").strip() for name in ("PatientID", "StudyInstanceUID"))
-        return Identity("" if _NO_PATIENT.fullmatch(patient) else patient, study)
+        return Identity("" if _NO_PATIENT.fullmatch(re.sub(r"[\W_]", "", patient).lower()) else patient, study)
 
 
 def stored_frames(path: Path) -> int:
