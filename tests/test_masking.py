@@ -200,6 +200,23 @@ def test_doppler__is_found_and_treated_as_the_parameters_say(color: str, doppler
         assert metrics["masks_doppler"] == 1 and "colour Doppler" in rows()["flow.avi"].warnings
 
 
+@pytest.mark.parametrize(("kind", "action"), [(2, "exclude"), (2, "keep"), (1, "exclude")])
+def test_doppler__that_a_dicom_region_names(kind: int, action: str) -> None:
+    """The flow may be too small to be seen."""
+    clip = sample.scan("linear", frames=20)
+    regions = sample_dicom.region(0, 0, clip.frames.shape[2] - 1, clip.frames.shape[1] - 1, data=kind)
+    path = sample_dicom.write(Path("clips/a.dcm"), clip.frames, SequenceOfUltrasoundRegions=regions)
+    (media,) = (item for item in find_media(path.parent).media if item.path == path.name)
+    reader = MediaReader(media, config({"doppler": action}).extract)
+    if kind == 2 and action == "exclude":
+        with pytest.raises(DataError, match="a.dcm: colour Doppler"):
+            list(reader.jpegs())
+        return
+    list(reader.jpegs())
+    assert reader.masker is not None and reader.masker.report.doppler == (kind == 2)
+    assert ("colour Doppler" in reader.facts.warnings) == (kind == 2)
+
+
 @pytest.mark.parametrize("doppler", ["keep", "exclude"])
 def test_doppler__that_begins_late_in_a_long_clip(doppler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first frames wait for the mask; colour is looked for in all of them, in bounded memory."""

@@ -147,14 +147,14 @@ def is_doppler(pictures: np.ndarray, mask: np.ndarray) -> bool:
 class Masker:
     """Collects frames of one video until its mask can be found, then applies it to all of them."""
 
-    def __init__(self, params: MaskParams, name: str, boxes: Sequence[Box] = (), decision: Decision | None = None) -> None:
-        """boxes: two-dimensional regions of a DICOM header, in pixels of the file. name: of the file, for messages."""
+    def __init__(self, params: MaskParams, name: str, boxes: Sequence[Box] = (), decision: Decision | None = None, *, flow: bool = False) -> None:
+        """boxes: two-dimensional regions of a DICOM header, in pixels of the file; flow: it calls one colour flow. name: for messages."""
         self.params, self.report = params, MaskReport()
         self.mask: np.ndarray | None = None
         """uint8 [H, W], 255 inside, at the size of the stored frames; None before `decide` and where nothing is cut."""
         self.preview: np.ndarray | None = None
         """uint8 [h, 2 w, 3] BGR: a frame as it was, with the outline, and what is left of it; for the contact sheet."""
-        self._name, self._boxes, self._decision, self._least = name, boxes, decision, params.min_confidence
+        self._name, self._boxes, self._decision, self._least, self._flow = name, boxes, decision, params.min_confidence, flow
         self._crop: Box | None = None
         self._bytes = self._seen = self._passed = self._looked = self._grew = 0
         self._colours: list[np.ndarray] = []
@@ -232,14 +232,19 @@ class Masker:
         return {"left": panes[0], "right": panes[-1]}.get(self.params.dual, together)
 
     def _look_for_doppler(self) -> None:
-        if not self._colours or self._area is None or self.report.doppler:
+        if self._area is None or self.report.doppler:
             return
-        height, width = self._colours[-1].shape[:2]
-        same = [picture for picture in self._colours if picture.shape == self._colours[-1].shape]
-        area = cv2.resize(self._area.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
-        self.report.doppler = is_doppler(np.stack(same), area)
+        self.report.doppler = self._flow or self._shows_doppler(self._area)
         if self.report.doppler and self.params.doppler == "exclude" and not self._decision:
             raise DataError(f"{self._name}: colour Doppler (extract.mask.doppler: exclude)")
+
+    def _shows_doppler(self, inside: np.ndarray) -> bool:
+        if not self._colours:
+            return False
+        height, width = self._colours[-1].shape[:2]
+        same = [picture for picture in self._colours if picture.shape == self._colours[-1].shape]
+        area = cv2.resize(inside.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        return is_doppler(np.stack(same), area)
 
     def _chosen(self, sector: Sector, action: str) -> np.ndarray:
         """The mask that the parameters want for what was found."""

@@ -398,8 +398,10 @@ class MediaReader:
         thinner: Thinner[_Cell] | None = Thinner(self.params.max_frames) if self.params.max_frames is not None else None
         waiting: list[_Cell] | None = None
         if self.params.mask.mode != "none":
-            boxes = [(box.left, box.top, box.right, box.bottom) for box in getattr(frames, "regions", ()) if box.spatial_format == 1]
-            self.masker, waiting = Masker(self.params.mask, self.media.path, boxes, self._decision), []
+            regions = getattr(frames, "regions", ())
+            boxes = [(box.left, box.top, box.right, box.bottom) for box in regions if box.spatial_format == 1]
+            flow = any(region.data_type == 2 for region in regions)
+            self.masker, waiting = Masker(self.params.mask, self.media.path, boxes, self._decision, flow=flow), []
         for frame in self._chosen(frames, thinner):
             cell = _Cell(self._shrink(frame))
             if thinner is not None:
