@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 import sample_media as sample
+from pipeline.data.inspect import Look, inspect_file
+from pipeline.data.integrity import lacks_end
 from pipeline.data.video import Facts, Media, MediaReader, content_hash, find_media
 from pipeline.errors import DataError
 from pipeline.parameters import ExtractParams
@@ -199,6 +201,32 @@ def test_truncated__what_decodes_is_kept_and_the_loss_recorded(tmp_path: Path) -
     assert facts.warnings == [f"decoded {len(frames)} frames where the header claims 20"]
 
 
+def test_truncated__gif_says_so(tmp_path: Path) -> None:
+    """It states no number of frames, so that nothing else tells: half of a file was read as a whole recording."""
+    path = sample.write_gif(tmp_path / "cut.gif", 20)
+    data = path.read_bytes()
+    for whole in (data, data + bytes(50), data + b"note"):
+        path.write_bytes(whole)
+        assert read(only(tmp_path))[1].warnings == []
+    for share in (0.3, 0.6, 0.9):
+        path.write_bytes(data[: int(len(data) * share)])
+        frames, facts = read(only(tmp_path))
+        assert 0 < len(frames) < 20 and facts.warnings[0] == "cut off: the file stops before its end mark"
+        report = inspect_file(Look(only(tmp_path), True))
+        assert [finding.text for finding in report.findings if finding.code == "cut-off"] == ["the gif file stops before its end mark"]
+
+
+def test_end__gifs_that_are_cut_anywhere(tmp_path: Path) -> None:
+    path = sample.write_gif(tmp_path / "a.gif", 2)
+    data = path.read_bytes()
+    for length in [*range(4, len(data) - 20, 7), *range(len(data) - 20, len(data))]:
+        path.write_bytes(data[:length])
+        assert lacks_end(path), length
+    for other in (data, b"GIF", b"\x00\x00\x01\xba" * 9, b""):
+        path.write_bytes(other)
+        assert not lacks_end(path)
+
+
 def test_cut_frame__spoils_the_folder_by_name(tmp_path: Path) -> None:
     folder = sample.write_frame_folder(tmp_path / "clip", 3)
     raw = (folder / "00001.jpg").read_bytes()
@@ -280,4 +308,6 @@ def test_real_clips__every_frame_decodes(shared: Path) -> None:
         expected = (int(row["n_frames"]), int(row["width"]), int(row["height"]))
         if (count, facts.width, facts.height) != expected or facts.fps != pytest.approx(float(row["fps"]), abs=0.01):
             wrong.append((item.path, count, facts.fps, expected, row["fps"]))
+        if any("cut off" in text for text in facts.warnings):
+            wrong.append((item.path, facts.warnings))
     assert wrong == []

@@ -1,4 +1,4 @@
-"""Whether the bytes of a still image are all there; decoders fill what is missing and say nothing."""
+"""Whether the bytes of a still image or a GIF are all there; decoders fill or leave out what is missing and say nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["is_whole", "overruns"]
+__all__ = ["is_whole", "lacks_end", "overruns"]
 
 _ENDINGS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}
 
@@ -35,3 +35,25 @@ def is_whole(path: Path, raw: np.ndarray) -> bool:
     except Exception:  # damaged files fail in a dozen ways inside Pillow
         return False
     return True
+
+
+def lacks_end(path: Path) -> bool:
+    """Whether a GIF stops before its end mark; False for anything else. Its blocks are walked through, since bytes may follow the mark."""
+    with open(path, "rb") as handle:
+        head = handle.read(13)
+        if not head.startswith(b"GIF8") or len(head) < 13:
+            return head.startswith(b"GIF8")
+        handle.seek(_colours(head[10]), 1)
+        while (kind := handle.read(1)) in (b",", b"!", b"\0"):  # a picture, an extension; zeros, which some programs leave between
+            if kind == b",":
+                handle.seek(_colours((handle.read(9) or b"\0")[-1]), 1)
+            if kind != b"\0":
+                handle.seek(1, 1)
+                while size := int.from_bytes(handle.read(1), "big"):
+                    handle.seek(size, 1)
+    return not kind
+
+
+def _colours(flags: int) -> int:
+    """Bytes of the colour table whose size the flags of a GIF give; 0 without one."""
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0

@@ -14,6 +14,7 @@ import cv2
 from PIL import Image
 
 from pipeline.data.dicom import DicomFrames, is_dicom, read_identity
+from pipeline.data.integrity import lacks_end
 from pipeline.data.manifest import pseudonym
 from pipeline.data.trouble import Finding, check_picture
 from pipeline.data.video import Media, MediaReader
@@ -89,6 +90,8 @@ def read_header(media: Media, key: str = "", max_pixels: int | None = None) -> t
     extensions = _EXTENSIONS.get(header.container, "").split()
     if extensions and media.location.suffix.lower() not in extensions:
         header.findings.append(Finding("extension", f"{header.container} inside, named {media.location.suffix or 'without extension'}"))
+    if lacks_end(media.location):
+        header.findings.append(Finding("cut-off", f"the {header.container} file stops before its end mark"))
     if header.container == "dicom":
         _read_dicom(media, frames, header, key)
     if hasattr(frames, "capture"):

@@ -72,6 +72,7 @@ KINDS: dict[str, Kind] = {
     "black": Kind("warning", "black from start to end", "remove it"),
     "cut": Kind("warning", "hard cut inside", "split it there: both sides count as one recording, and negatives cross the cut"),
     "short": Kind("warning", "too few frames for a method", "pretraining leaves it out; see the text for which method"),
+    "cut-off": Kind("warning", "cut off", "get the whole file; what is there is read, and its last frames are missing"),
     "repeats": Kind("warning", "frames repeat", "screen recording; lower extract.frames_per_second to what the scanner gave"),
     "black-start": Kind("warning", "black lead-in", "cut it off if there are many"),
     "black-end": Kind("warning", "black lead-out", "cut it off if there are many"),

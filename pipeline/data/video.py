@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.data.dicom import EXTENSIONS, STILL_MAGIC, DicomFrames, is_dicom, stored_frames, stream_header, stream_of
-from pipeline.data.integrity import is_whole, overruns
+from pipeline.data.integrity import is_whole, lacks_end, overruns
 from pipeline.data.limits import tick
 from pipeline.data.masking import Decision, Masker
 from pipeline.data.thinning import Thinner
@@ -51,6 +51,7 @@ VIDEO_EXTENSIONS = frozenset(
 _KNOWN = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | EXTENSIONS
 ASSUMED_FPS = 25.0
 """Used only where sampling by time is asked for and neither container nor table states a usable rate."""
+CUT_OFF = f"{KINDS['cut-off'].title}: the file stops before its end mark"
 
 _NUMBERED = re.compile(r"\d+", re.ASCII)
 
@@ -359,6 +360,8 @@ class MediaReader:
             frames = self._open_dicom()
         elif self.media.kind == "video":
             frames = _Container(self.media, self.params.max_pixels)
+            if lacks_end(self.media.location):
+                self.facts.warnings.append(CUT_OFF)
         else:
             frames = _Stills(self.media, self.params.max_pixels, self.facts.warnings)
         facts, rate = self.facts, self.params.frames_per_second
