@@ -26,8 +26,9 @@ from pipeline.data.extract import extract_media
 from pipeline.data.frames import FrameCache, VideoRef, gather_videos
 from pipeline.data.labels import Label, LabelledMedia, read_labelled_media
 from pipeline.data.manifest import Manifest
+from pipeline.data.sniffing import sniff
 from pipeline.data.store import FrameStore, write_video
-from pipeline.data.video import Media, sniff
+from pipeline.data.video import Media
 from pipeline.errors import CheckpointError, DataError
 from pipeline.files import csv_text, read_json, write_json
 from pipeline.parameters import ExtractParams

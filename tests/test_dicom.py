@@ -133,6 +133,7 @@ def test_stream__video_syntaxes_are_decoded_as_video(tmp_path: Path) -> None:
     reader, jpegs = read(sample.write_stream(tmp_path / "dcm/a.dcm", video))
     assert len(jpegs) == 6
     assert (reader.facts.fps, reader.facts.fps_source) == (10.0, "container")
+    assert reader.facts.warnings == []
     reader, _ = read(sample.write_stream(tmp_path / "dcm/a.dcm", video, FrameTime="20"))
     assert (reader.facts.fps, reader.facts.fps_source) == (50.0, "FrameTime")
 
@@ -220,10 +221,14 @@ def test_grey__rescaled_before_the_window_and_few_bits_stretched(tmp_path: Path)
     assert frames_of(path)[0][0, 0] == 255
 
 
-def test_find__deflated_files_are_not_unpacked_while_walking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample.write(tmp_path / "a.dcm", None, uid.DeflatedExplicitVRLittleEndian)
-    monkeypatch.setattr(dicom, "_header", lambda *_: pytest.fail("unpacked"))
-    assert [item.kind for item in find_media(tmp_path).media] == ["video"]
+@pytest.mark.parametrize("name", SYNTAXES)
+def test_find__headers_are_not_parsed_while_walking(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where pydicom is missing: only processes with limits may read a foreign header, or unpack a deflated one."""
+    sample.write(tmp_path / "a.dcm", None, SYNTAXES[name])
+    sample.write(tmp_path / "b.dcm", sample.cine(1), SYNTAXES[name])
+    monkeypatch.setattr(dicom, "_header", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert [item.kind for item in find_media(tmp_path).media] == ["video", "video" if name == "deflated" else "image"]
 
 
 def test_find__by_magic_word_whatever_the_name_and_no_table_of_contents(tmp_path: Path) -> None:
@@ -281,6 +286,15 @@ def test_still__named_dcm_is_read_by_its_content(ending: str, tmp_path: Path) ->
     assert media.kind == "image"
     reader, jpegs = read(media.location)
     assert len(jpegs) == 1 and reader.facts.warnings == ["named like DICOM, but a still image inside: read as that"]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "avi", "gif"])
+def test_video__named_dcm_is_read_by_its_content(ending: str, tmp_path: Path) -> None:
+    made = (sample_media.write_gif if ending == "gif" else sample_media.write_video)(tmp_path / f"a.{ending}", 6)
+    (media,) = find_media(made.rename(tmp_path / "a.dcm").parent).media
+    reader, jpegs = read(media.location)
+    assert (media.kind, len(jpegs), reader.facts.fps_source) == ("video", 6, "container")
+    assert reader.facts.warnings == ["named like DICOM, but a video inside: read as that"]
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str = "k") -> Manifest:

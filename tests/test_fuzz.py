@@ -141,6 +141,62 @@ def test_dicom__damaged_stream_leaves_no_file_behind(tmp_path: Path, monkeypatch
     assert os.listdir(tmp_path / "tmp") == []
 
 
+def hostile_headers(folder: Path) -> list[Path]:
+    """DICOM files whose headers cost the parser minutes and gigabytes; each takes at most 16 MB of disk."""
+    good = sample_dicom.write(folder / "good.dcm").read_bytes()
+    start, found = good[: good.index(b"\x08\x00\x16\x00")], []
+    count, regions, empty = b"\x28\x00\x08\x00", b"\x18\x00\x11\x60SQ\0\0\xff\xff\xff\xff", b"\xfe\xff\x00\xe0\0\0\0\0"
+    for name, raw, size in (
+        ("zeros", start + count + b"UN\0\0\xff\xff\xff\xff", 4 << 20), ("sparse", start + count + b"OB\0\0\xf0\xff\xff\x7f", 1 << 31),
+        ("items", start + regions + empty * (1 << 21), 0), ("meta", good[:132] + b"\x02\x00\x10\x00OB\0\0\xf0\xff\xff\x7f", 1 << 31),
+        ("deep", start + (regions + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 50_000, 0),
+    ):
+        found.append(folder / f"{name}.dcm")
+        found[-1].write_bytes(raw)
+        os.truncate(found[-1], size or len(raw))
+    return found
+
+
+def test_find__hostile_dicom_headers_cost_nothing(tmp_path: Path) -> None:
+    """They are listed in the main process, which has no limits: parsing these took minutes and 4 GB before any file was read."""
+    hostile_headers(tmp_path)
+    script = """
+import resource, sys, time
+from pathlib import Path
+from pipeline.data.video import find_media
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+found = find_media(Path(sys.argv[1])).media
+print([(item.path, item.kind) for item in found if item.kind == "video"], len(found), file=sys.stderr)
+print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = bounded(60, script, tmp_path)
+    seconds, kilobytes = map(float, done.stdout.split())
+    assert seconds < 1 and kilobytes < 20_000, done.stdout
+    assert done.stderr.strip() == "[('good.dcm', 'video')] 6"
+
+
+def test_read__hostile_dicom_headers_end_by_the_limits(tmp_path: Path) -> None:
+    """Refused with the file's name, or the process is ended, and the pool names the file."""
+    files = hostile_headers(tmp_path)
+    script = """
+import sys
+from pathlib import Path
+from pipeline.data.limits import limit_process, watched
+from pipeline.data.video import Media, MediaReader
+from pipeline.errors import DataError
+from pipeline.parameters import ExtractParams
+limit_process(memory=1 << 29, stall_seconds=2)
+try:
+    with watched():
+        list(MediaReader(Media("a.dcm", "video", Path(sys.argv[1])), ExtractParams()).jpegs())
+except DataError as error:
+    print(error)
+"""
+    for path in files:
+        done = bounded(60, script, path)
+        assert done.returncode == -signal.SIGALRM or (done.stdout.startswith("a.dcm: ") and "cannot be read" in done.stdout), (path.name, done)
+
+
 def test_still__tiff_whose_second_page_is_damaged(tmp_path: Path) -> None:
     """Counting its pages raised a TypeError inside Pillow."""
     from PIL import Image

@@ -14,8 +14,9 @@ import sample_dicom
 import sample_trouble as sample
 from pipeline.data.inspect import FileReport, Look, inspect_file
 from pipeline.data.probe import container_of
+from pipeline.data.sniffing import sniff
 from pipeline.data.trouble import KINDS, SEVERITIES, FrameWatch, check_cuts, check_frames, check_times, detail, tint, turn
-from pipeline.data.video import Media, MediaReader, sniff
+from pipeline.data.video import Media, MediaReader
 from pipeline.parameters import ExtractParams
 
 

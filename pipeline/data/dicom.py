@@ -23,24 +23,13 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from pipeline.data.limits import tick
+from pipeline.data.sniffing import DEFLATED
 from pipeline.errors import DataError
 from pipeline.files import is_full
 
-__all__ = [
-    "EXTENSIONS", "STILL_MAGIC", "DicomFrames", "Identity", "Region", "frame_rate", "is_dicom", "read_identity", "stored_frames",
-    "stream_header", "stream_of",
-]
+__all__ = ["DicomFrames", "Identity", "Region", "frame_rate", "read_identity", "stream_header", "stream_of"]
 
-EXTENSIONS = frozenset({".dcm", ".dicom", ".ima"})
-STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\x00", b"MM\x00*")
-"""How JPEG, PNG, BMP and TIFF files begin, whatever they are called."""
-_VRS = frozenset(
-    b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
-)
-_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
-"""Types whose length takes four bytes, after two that are empty."""
 INSTALL = 'pip install "sonoscope[dicom]"'
-DEFLATED = "1.2.840.10008.1.2.1.99"
 _VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")
 """MPEG-2, MPEG-4/H.264 and HEVC inside DICOM: one stream in the pixel data, decoded as a video file."""
 _JPEG = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[0-9]|6[0-9]|70|80|81|90|91|92|93)")
@@ -88,39 +77,6 @@ class Identity:
 
     def __repr__(self) -> str:
         return "Identity(...)"
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM: by its magic word, by its first elements where the preamble was left out, or else by its extension.
-
-    At most 132 bytes are read. A JPEG, PNG, BMP or TIFF is none, whatever its name.
-    """
-    try:
-        with open(path, "rb") as handle:
-            head = handle.read(132)
-    except OSError:
-        return False
-    if head[128:] == b"DICM" or _begins_with_elements(head):
-        return True
-    return path.suffix.lower() in EXTENSIONS and not head.startswith(STILL_MAGIC)
-
-
-def _begins_with_elements(head: bytes) -> bool:
-    """Whether the first two elements belong to group 0002 or 0008, in ascending order: explicit (both byte orders) or implicit types."""
-    if head[:4] not in (b"\x02\x00\x00\x00", b"\x02\x00\x01\x00") and head[:2] != b"\x08\x00" and head[:2] != b"\x00\x08":
-        return False
-    order: Literal["little", "big"] = "big" if head[0] == 0 else "little"
-    explicit, place, before = head[4:6] in _VRS, 0, -1
-    for _ in range(2):
-        group, element = (int.from_bytes(head[place + start : place + start + 2], order) for start in (0, 2))
-        if group != head[order == "big"] or element <= before or (explicit and head[place + 4 : place + 6] not in _VRS):
-            return False
-        long = explicit and head[place + 4 : place + 6] in _LONG_VRS
-        size = head[place + 8 : place + 12] if long else head[place + 6 : place + 8] if explicit else head[place + 4 : place + 8]
-        place, before = place + (12 if long else 8) + int.from_bytes(size, order), element
-        if place > len(head):
-            return explicit and long  # a long value, or a sequence, in a well-formed first element
-    return True
 
 
 def _pydicom(name: str) -> Any:
@@ -206,20 +162,6 @@ def read_identity(path: Path, shown: str) -> Identity:
         dataset = _header(path, ["PatientID", "StudyInstanceUID", "Rows", "SpecificCharacterSet"])
         patient, study = (str(dataset.get(name, "") or "").strip() for name in ("PatientID", "StudyInstanceUID"))
         return Identity("" if _NO_PATIENT.fullmatch(re.sub(r"[\W_]", "", patient).lower()) else patient, study)
-
-
-def stored_frames(path: Path) -> int:
-    """Frames the header claims, at least 1; 1 where it cannot be read (reading it in full will say why).
-
-    A deflated file counts as several: its header cannot be read without unpacking all of it, which only workers may do.
-    """
-    try:
-        with _named("", "unreadable"):
-            if _deflated_from(path, _pydicom("pydicom")) is not None:
-                return 2
-            return max(1, int(_header(path, ["NumberOfFrames", "Rows"]).get("NumberOfFrames", 1) or 1))
-    except DataError:
-        return 1
 
 
 def frame_rate(dataset: Any) -> tuple[float | None, str]:

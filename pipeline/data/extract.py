@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipeline.config import Config, fingerprint
 from pipeline.data.attributes import check_columns, write_attributes
 from pipeline.data.contact_sheet import write_contact_sheets
-from pipeline.data.dicom import is_dicom, read_identity
+from pipeline.data.dicom import read_identity
 from pipeline.data.frame_labels import cut_videos
 from pipeline.data.labels import LabelledMedia, read_labelled_media
 from pipeline.data.limits import watched
@@ -37,6 +37,7 @@ from pipeline.data.masking import (
     rows_without_file,
 )
 from pipeline.data.pool import CRASHED, run_isolated, usable_cores
+from pipeline.data.sniffing import is_dicom
 from pipeline.data.store import FrameStore, write_video
 from pipeline.data.video import Facts, Media, MediaReader, content_hash
 from pipeline.errors import ConfigError, DataError
@@ -104,7 +105,7 @@ class Extracted:
 
 def extraction_fingerprint(params: ExtractParams) -> str:
     """16 hex digits over all that decides the stored bytes: parameters, format, the code that reads, and OpenCV's version."""
-    names = ["video.py", "dicom.py", "trouble.py", "integrity.py", "thinning.py", "store.py"]
+    names = ["video.py", "sniffing.py", "dicom.py", "trouble.py", "integrity.py", "thinning.py", "store.py"]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
     if params.mask.mode != "none":
         names += ["outline.py", "sector.py", "masking.py"]

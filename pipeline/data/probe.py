@@ -13,9 +13,10 @@ from typing import Any
 import cv2
 from PIL import Image
 
-from pipeline.data.dicom import DicomFrames, is_dicom, read_identity
+from pipeline.data.dicom import DicomFrames, read_identity
 from pipeline.data.integrity import lacks_end
 from pipeline.data.manifest import pseudonym
+from pipeline.data.sniffing import is_dicom, magic_of
 from pipeline.data.trouble import Finding, check_picture
 from pipeline.data.video import Media, MediaReader
 from pipeline.errors import DataError
@@ -23,12 +24,6 @@ from pipeline.parameters import ExtractParams
 
 __all__ = ["Header", "container_of", "read_header"]
 
-_MAGIC = (
-    ("gif", 0, b"GIF8"), ("avi", 8, b"AVI "), ("matroska", 0, b"\x1a\x45\xdf\xa3"), ("mpeg", 0, b"\x00\x00\x01\xba"),
-    ("mpeg", 0, b"\x00\x00\x01\xb3"), ("asf", 0, b"\x30\x26\xb2\x75"), ("flv", 0, b"FLV"), ("ogg", 0, b"OggS"), ("jpeg", 0, b"\xff\xd8\xff"),
-    ("png", 0, b"\x89PNG"), ("bmp", 0, b"BM"), ("tiff", 0, b"II*\x00"), ("tiff", 0, b"MM\x00*"),
-    *(("mp4", 4, kind) for kind in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),
-)
 _EXTENSIONS = {
     "mp4": ".mp4 .m4v .mov .3gp .3g2", "avi": ".avi", "gif": ".gif", "matroska": ".mkv .webm", "mpeg": ".mpeg .mpg .mpe .vob .m2v .dat",
     "asf": ".wmv .asf", "flv": ".flv", "ogg": ".ogv .ogg", "jpeg": ".jpg .jpeg .jpe .jfif", "png": ".png", "bmp": ".bmp", "tiff": ".tif .tiff",
@@ -64,8 +59,7 @@ def container_of(path: Path) -> str:
     if is_dicom(path):
         return "dicom"
     with open(path, "rb") as handle:
-        head = handle.read(16)
-    return next((name for name, place, magic in _MAGIC if head[place:].startswith(magic)), "unknown")
+        return magic_of(handle.read(16)) or "unknown"
 
 
 def read_header(media: Media, key: str = "", max_pixels: int | None = None) -> tuple[Header, Any]:

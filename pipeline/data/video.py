@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.data.dicom import EXTENSIONS, STILL_MAGIC, DicomFrames, is_dicom, stored_frames, stream_header, stream_of
+from pipeline.data.dicom import DicomFrames, stream_header, stream_of
 from pipeline.data.integrity import is_whole, lacks_end, overruns
 from pipeline.data.limits import tick
 from pipeline.data.masking import Decision, Masker
+from pipeline.data.sniffing import EXTENSIONS, is_dicom, sniff
 from pipeline.data.thinning import Thinner
 from pipeline.data.trouble import KINDS, FrameWatch
 from pipeline.errors import DataError
@@ -41,7 +42,7 @@ from PIL import Image  # noqa: E402
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-__all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_media", "sniff"]
+__all__ = ["Facts", "Media", "MediaReader", "Survey", "content_hash", "find_media"]
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 VIDEO_EXTENSIONS = frozenset(
@@ -80,18 +81,6 @@ def _printable(path: Path) -> str:
     """A relative path as text that can be stored and shown: control characters and bytes outside UTF-8 are escaped."""
     text = os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
     return "".join(letter if unicodedata.category(letter) != "Cc" else f"\\x{ord(letter):02x}" for letter in text)
-
-
-def sniff(path: Path) -> str:
-    """`image` or `video`, by the first bytes; unreadable files count as video and fail when opened, with a reason."""
-    try:
-        with open(path, "rb") as handle:
-            head = handle.read(16)
-    except OSError:
-        return "video"
-    if is_dicom(path):
-        return "image" if stored_frames(path) == 1 else "video"
-    return "image" if head.startswith(STILL_MAGIC) else "video"
 
 
 def _frame_number(folder: Path, path: Path) -> str:
@@ -356,7 +345,8 @@ class MediaReader:
     def open(self) -> _Frames:
         """The decoder of the medium, before its first frame; `capture` of a container's is OpenCV's own."""
         frames: _Frames
-        if self.media.kind != "frames" and is_dicom(self.media.location):
+        dicom = self.media.kind != "frames" and is_dicom(self.media.location)
+        if dicom:
             frames = self._open_dicom()
         elif self.media.kind == "video":
             frames = _Container(self.media, self.params.max_pixels)
@@ -365,8 +355,8 @@ class MediaReader:
         else:
             frames = _Stills(self.media, self.params.max_pixels, self.facts.warnings)
         facts, rate = self.facts, self.params.frames_per_second
-        if isinstance(frames, _Stills) and self.media.location.suffix.lower() in EXTENSIONS:
-            facts.warnings.append("named like DICOM, but a still image inside: read as that")
+        if not dicom and self.media.kind != "frames" and self.media.location.suffix.lower() in EXTENSIONS:
+            facts.warnings.append(f"named like DICOM, but a {'still image' if isinstance(frames, _Stills) else 'video'} inside: read as that")
         facts.frames_claimed = frames.claimed
         if self.media.kind == "image":
             return frames
