@@ -34,7 +34,7 @@ ORDER = """
     tracking_store
     tracking_courier tracking_view
     tracking
-    data.limits data.integrity data.sniffing
+    data.limits data.integrity data.sniffing data.dicom_pixels
     data.dicom data.pool data.trouble data.outline data.thinning
     data.sector
     data.masking

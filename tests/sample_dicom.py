@@ -76,6 +76,55 @@ def _jpeg(frame: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def codestream(frame: np.ndarray, *, rgb: bool = False, halved: bool = False, names: bytes = b"\1\2\3", adobe: int | None = None) -> bytes:
+    """A JPEG picture without JFIF and Adobe marks. rgb: stored as that. names: of its components. adobe: a mark of this transform."""
+    out = io.BytesIO()
+    Image.fromarray(frame).save(out, "JPEG", quality=95, subsampling=1 if halved else 0, keep_rgb=rgb)
+    raw = bytearray(out.getvalue())
+    while raw[3] in (0xE0, 0xEE):
+        del raw[2 : 4 + int.from_bytes(raw[4:6], "big")]
+    size, scan = raw.index(b"\xff\xc0") + 10, raw.index(b"\xff\xda") + 5
+    for index, name in enumerate(names):
+        raw[size + 3 * index] = raw[scan + 2 * index] = name
+    return bytes(raw[:2] + (b"" if adobe is None else b"\xff\xee\x00\x0eAdobe\x00d\x00\x00\x00\x00" + bytes([adobe])) + raw[2:])
+
+
+def write_codestreams(
+    path: Path, codestreams: list[bytes], label: str = "RGB", claimed: int | None = None, syntax: str = JPEGBaseline8Bit, *, table: bool = True, **changes: Any
+) -> Path:
+    """Compressed pictures of 64 x 48 pixels as they are. claimed: number in the header; table: of where they begin."""
+    dataset = header(Rows=48, Columns=64, SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7, **{"FrameTime": "40", **changes})
+    dataset.PixelRepresentation, dataset.PlanarConfiguration, dataset.PhotometricInterpretation = 0, 0, label
+    dataset.NumberOfFrames = claimed
+    dataset.PixelData = encapsulate(codestreams, has_bot=table)
+    dataset["PixelData"].VR = "OB"
+    dataset.file_meta.TransferSyntaxUID = syntax
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True, little_endian=True, implicit_vr=False)
+    return path
+
+
+def write_halved(path: Path, frames: np.ndarray, syntax: str, claimed: int | None = None) -> Path:
+    """Frames [T, H, W, 3] (YBR) as native YBR_FULL_422: Y1 Y2 Cb Cr, the colours of the first of each two pixels."""
+    count, height, width, _ = frames.shape
+    pixels = frames.reshape(count, -1, 3)
+    pairs = np.stack([pixels[:, : height * width // 2 * 2 : 2, 0], pixels[:, 1::2, 0], *(pixels[:, : height * width // 2 * 2 : 2, c] for c in (1, 2))], axis=-1)
+    raw = pairs.reshape(count, -1)
+    if height * width % 2:
+        raw = np.concatenate([raw, pixels[:, -1, :2]], axis=1)
+    dataset = header(Rows=height, Columns=width, SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7, FrameTime="40")
+    dataset.PixelRepresentation, dataset.PlanarConfiguration, dataset.PhotometricInterpretation = 0, 0, "YBR_FULL_422"
+    dataset.NumberOfFrames = claimed or count
+    uid = pydicom.uid.UID(syntax)
+    data, dataset.file_meta.TransferSyntaxUID = raw.tobytes(), uid
+    big = not uid.is_little_endian  # in words, and so each two bytes change their places
+    dataset.PixelData = np.frombuffer(data, np.uint16).byteswap().tobytes() if big else data
+    dataset["PixelData"].VR = "OW" if big or uid.is_implicit_VR else "OB"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True, little_endian=uid.is_little_endian, implicit_vr=uid.is_implicit_VR)
+    return path
+
+
 def write_stream(path: Path, video: Path, **changes: Any) -> Path:
     """A video file wrapped as MPEG-4 DICOM."""
     dataset = header(Rows=48, Columns=64, NumberOfFrames=6, SamplesPerPixel=3, BitsAllocated=8, BitsStored=8, HighBit=7, **changes)

@@ -98,9 +98,12 @@ def test_rate__first_believable_tag_is_named(tags: dict, fps: float | None, sour
     assert half.facts.frames_decoded == 6
 
 
-def test_rate__steps_of_different_length_are_noted(tmp_path: Path) -> None:
-    reader, _ = read(sample.write(tmp_path / "a.dcm", FrameTime=None, FrameTimeVector=[0, 20, 80, 20, 80, 20]))
-    assert any("variable frame rate" in text for text in reader.facts.warnings)
+@pytest.mark.parametrize(("time", "used"), [(None, "the mean of FrameTimeVector"), ("40", "FrameTime")])
+def test_rate__steps_of_different_length_are_noted_with_what_is_used(time: str | None, used: str, tmp_path: Path) -> None:
+    reader, _ = read(sample.write(tmp_path / "a.dcm", FrameTime=time, FrameTimeVector=[0, 20, 80, 20, 80, 20]))
+    assert f"variable frame rate: {used} is used" in reader.facts.warnings
+    still, _ = read(sample.write(tmp_path / "a.dcm", sample.cine(1), FrameTime=time, FrameTimeVector=[0, 20, 80]))
+    assert still.facts.warnings == [], "of one frame the steps say nothing"
 
 
 def test_regions__clipped_to_the_picture_and_nonsense_dropped(tmp_path: Path) -> None:
@@ -119,6 +122,7 @@ def test_deep_pixels__windowed_by_one_rule_for_all_frames(tmp_path: Path) -> Non
     reader = dicom.DicomFrames(path, "a", 10**7)
     reader.grab()
     assert any("16 bits a pixel: brought to 8 by the header's window" in note for note in reader.notes)
+    assert reader.notes[0] in read(path)[0].facts.warnings, "found while decoding, and in the manifest all the same"
 
 
 def test_inverted_grey__white_is_white(tmp_path: Path) -> None:

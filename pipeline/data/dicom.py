@@ -7,6 +7,7 @@ frame rate with the tag it came from, the regions of the scan, and hashes of pat
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import math
 import os
@@ -17,11 +18,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 
+from pipeline.data.dicom_pixels import codestream_colours, expand_422, likely_frames
 from pipeline.data.limits import tick
 from pipeline.data.sniffing import DEFLATED
 from pipeline.errors import DataError
@@ -34,6 +37,9 @@ _VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")
 """MPEG-2, MPEG-4/H.264 and HEVC inside DICOM: one stream in the pixel data, decoded as a video file."""
 _JPEG = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.(5[0-9]|6[0-9]|70|80|81|90|91|92|93)")
 """Codestreams that end with the marker FF D9."""
+_RLE = "1.2.840.10008.1.2.5"
+_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+"""JPEG with loss, which alone stores other colours than a header of RGB says."""
 MAX_INFLATED = 1 << 28
 """Bytes a deflated file may unpack to."""
 
@@ -220,14 +226,15 @@ def _variable_rate(dataset: Any) -> bool:
 class DicomFrames:
     """Frames of a DICOM file in order, uint8 [H, W] or BGR [H, W, 3]; one decoded frame in memory at a time.
 
-    Attributes: `claimed` frames of the header; `size` (width, height); `bits` stored; `fps` and `fps_source` (the tag); `regions`;
-    `burnt_in` and `colour_flow`, whether the header says so; `notes` for the manifest.
+    Attributes: `claimed` frames of the header; `still`, whether there is one; `size` (width, height); `bits` stored; `fps` and
+    `fps_source` (the tag); `regions`; `burnt_in` and `colour_flow`, whether the header says so; `notes` for the manifest.
     """
 
     def __init__(self, path: Path, shown: str, max_pixels: int) -> None:
         self._path, self._shown = path, shown
         self._frame: np.ndarray | None = None
         self._deep_table: bool | None = None
+        self._ybr = False
         self.notes: list[str] = []
         with _named(shown, "the DICOM header cannot be read"):
             dataset = self._dataset = _header(path, _TAGS)
@@ -239,15 +246,18 @@ class DicomFrames:
                     f"{width} x {height} pixels are more than extract.max_pixels ({max_pixels}); raise it if this is right"
                 )
             self.claimed: int | None = max(1, int(dataset.get("NumberOfFrames") or 1))
-            self.fps, self.fps_source = frame_rate(dataset) if self.claimed > 1 else (None, "none")
             self.regions = _regions(dataset, width, height)
             self.size, self.bits = (width, height), int(dataset.get("BitsStored") or 8)
             self.burnt_in = str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
             self.colour_flow = str(dataset.get("UltrasoundColorDataPresent") or "0").strip() == "1"
             self._check_decoder()
             self._source = self._frames()
-            if _variable_rate(dataset):
-                self.notes.append("variable frame rate: the mean of FrameTimeVector is used")
+            # A header that claims one frame, or says nothing, may hold many; of others the number is no matter before they are read.
+            self.still = self.claimed == 1 and self._present == 1
+            self.fps, self.fps_source = (None, "none") if self.still else frame_rate(dataset)
+            if not self.still and _variable_rate(dataset):
+                used = {"FrameTimeVector": "the mean of FrameTimeVector", "none": "no rate"}.get(self.fps_source, self.fps_source)
+                self.notes.append(f"variable frame rate: {used} is used")
 
     def _check_decoder(self) -> None:
         uid = self._dataset.file_meta.get("TransferSyntaxUID") if hasattr(self._dataset, "file_meta") else None
@@ -261,56 +271,118 @@ class DicomFrames:
             if not decoder.is_available:
                 raise DataError(f"pixels are stored as {uid.name}, and its decoder is not installed: {INSTALL}")
 
-    def _frames(self) -> Iterator[np.ndarray]:
-        """Decoded frames. Encapsulated codestreams are checked for their end first: decoders fill a cut-off one silently."""
-        pixels, uid = _pydicom("pydicom.pixels"), self._dataset.file_meta.TransferSyntaxUID
-        if _JPEG.fullmatch(uid):
-            self._check_codestreams()
-        present = None if uid.is_encapsulated or uid == DEFLATED else self._native_frames()
-        # A file that is deflated as a whole has to be unpacked first, and one whose header lies or lacks the transfer syntax has
-        # to be completed; of all others one frame at a time is read.
-        source = self._path
-        if uid == DEFLATED or present not in (None, self.claimed) or not _has_magic(self._path):
-            source = _pydicom("pydicom").dcmread(self._path, force=True)
-            source.NumberOfFrames, source.file_meta.TransferSyntaxUID = present or self.claimed, uid
-        for frame in pixels.iter_pixels(source):
-            yield self._to_bytes(frame, pixels)
+    @cached_property
+    def _present(self) -> int:
+        """Whole frames that are there. Pictures that are compressed are looked at: ends, and colours."""
+        with _named(self._shown, "the pixel data cannot be read"):
+            encapsulated = self._dataset.file_meta.TransferSyntaxUID.is_encapsulated
+            return self._check_codestreams() if encapsulated else self._native_frames()
 
-    def _native_frames(self) -> int | None:
-        """Whole frames the uncompressed pixel data hold; None where their length is not known."""
-        dataset = self._dataset
-        syntax = dataset.file_meta.TransferSyntaxUID
+    def _frames(self) -> Iterator[np.ndarray]:
+        """Decoded frames."""
+        pixels, uid = _pydicom("pydicom.pixels"), self._dataset.file_meta.TransferSyntaxUID
+        present, lossy = self._present, uid in _LOSSY
+        if self._halved:
+            for frame in self._halved_frames(present):
+                yield self._to_bytes(frame, pixels)
+            return
+        # A file that is deflated as a whole has to be unpacked first, and one that lacks the transfer syntax has to be completed; of
+        # all others one frame at a time is read.
+        source = self._path
+        if uid == DEFLATED or not _has_magic(self._path):
+            source = _pydicom("pydicom").dcmread(self._path, force=True)
+            source.file_meta.TransferSyntaxUID = uid
+        for frame in pixels.iter_pixels(source, raw=lossy, number_of_frames=present):
+            yield self._to_bytes(self._from_ybr(frame) if lossy and self._ybr else frame, pixels)
+
+    def _native_frames(self) -> int:
+        """Whole frames the uncompressed pixel data hold."""
+        dataset, (width, height) = self._dataset, self.size
+        length = self._native_place()[1]
+        samples, bits = int(dataset.get("SamplesPerPixel") or 1), int(dataset.get("BitsAllocated") or 8)
+        full = width * height * samples * bits
+        present = 8 * length // (full // 3 * 2 if self._halved else full)
+        if present < 1:
+            raise DataError("the pixel data are cut off")
+        if self._halved and (bits != 8 or 8 * length - self.claimed * full in (0, 8)):
+            raise DataError("the header says YBR_FULL_422, and the pixel data do not take two bytes a pixel; write it again with the right colours")
+        return present
+
+    def _native_place(self) -> tuple[int, int]:
+        """Where the uncompressed pixel data begin, and how many bytes of them there are; of a deflated file, when unpacked."""
+        syntax = self._dataset.file_meta.TransferSyntaxUID
+        if syntax == DEFLATED:
+            return 0, len(self._unpacked())
         with open(self._path, "rb") as handle:
             # The reader stops in front of the element, whose length follows its tag (and, explicitly, its type).
             _pydicom("pydicom").dcmread(handle, stop_before_pixels=True, specific_tags=["Rows"], force=True)
-            head = handle.read(12)
-            rest = self._path.stat().st_size - handle.tell()
+            place, head = handle.tell(), handle.read(12)
         order: Literal["little", "big"] = "little" if syntax.is_little_endian else "big"
         if not syntax.is_implicit_VR and head[8:12] == b"\xff\xff\xff\xff":
             raise DataError("the header does not say how the pixels are compressed (no transfer syntax)")
-        length = min(int.from_bytes(head[4:8] if syntax.is_implicit_VR else head[8:12], order), rest + 4 * syntax.is_implicit_VR)
-        halved = str(dataset.get("PhotometricInterpretation") or "") == "YBR_FULL_422"
-        samples = 2 if halved else int(dataset.get("SamplesPerPixel") or 1)
-        size = self.size[0] * self.size[1] * samples * int(dataset.get("BitsAllocated") or 8) // 8
-        if size <= 0:
-            return None
-        if length < size:
-            raise DataError("the pixel data are cut off")
-        return length // size
+        before = 8 if syntax.is_implicit_VR else 12
+        length = min(int.from_bytes(head[before - 4 : before], order), self._path.stat().st_size - place - before)
+        return place + before, length
 
-    def _check_codestreams(self) -> None:
+    def _unpacked(self) -> bytes:
+        """The pixel data of a file that is deflated as a whole."""
+        dataset = _pydicom("pydicom").dcmread(self._path, specific_tags=["PixelData"], force=True)
+        return dataset.get("PixelData") or b""
+
+    @property
+    def _halved(self) -> bool:
+        """Whether the header says that native pixels share their colours in pairs."""
+        native = not self._dataset.file_meta.TransferSyntaxUID.is_encapsulated
+        return native and self._label == "YBR_FULL_422" and self._dataset.get("SamplesPerPixel") == 3
+
+    @property
+    def _label(self) -> str:
+        return str(self._dataset.get("PhotometricInterpretation") or "")
+
+    def _halved_frames(self, present: int) -> Iterator[np.ndarray]:
+        """Native frames whose colours are halved, as RGB; pydicom looks for all but the first at wrong places."""
+        (width, height), syntax = self.size, self._dataset.file_meta.TransferSyntaxUID
+        with io.BytesIO(self._unpacked()) if syntax == DEFLATED else open(self._path, "rb") as handle:
+            place, swapped = self._native_place()[0], False
+            if not syntax.is_little_endian:
+                handle.seek(place - 8)
+                swapped = handle.read(2) == b"OW"
+            handle.seek(place)
+            for _ in range(present):
+                raw = handle.read(2 * width * height)
+                if swapped:
+                    raw = np.frombuffer(raw, np.uint16).byteswap().tobytes()
+                yield self._from_ybr(expand_422(raw, width, height))
+
+    def _from_ybr(self, frame: np.ndarray) -> np.ndarray:
+        return _pydicom("pydicom.pixels").convert_color_space(frame, "YBR_FULL", "RGB")
+
+    def _check_codestreams(self) -> int:
+        """Count compressed pictures. They are checked for their end, since decoders fill a cut-off one silently, and for their colours."""
         # Read apart from the header, and let go when checked: frames are decoded one by one from the file.
-        dataset = _pydicom("pydicom").dcmread(self._path, specific_tags=["PixelData", "NumberOfFrames", "ExtendedOffsetTable"], force=True)
+        tables = ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
+        dataset = _pydicom("pydicom").dcmread(self._path, specific_tags=["PixelData", *tables], force=True)
         if "PixelData" not in dataset:
             raise DataError("the pixel data are cut off")
-        frames = _pydicom("pydicom.encaps").generate_frames(dataset.PixelData, number_of_frames=self.claimed)
-        for number, codestream in enumerate(frames):
-            if b"\xff\xd9" not in codestream[-64:]:  # padding may follow the mark
-                raise DataError(f"frame {number} of {self.claimed} is cut off")
+        encaps, uid = _pydicom("pydicom.encaps"), self._dataset.file_meta.TransferSyntaxUID
+        offsets = tuple(dataset[name].value for name in tables) if all(name in dataset for name in tables) else None
+        jpeg, number, colours = bool(_JPEG.fullmatch(uid)), -1, set()
+        wanted = likely_frames(encaps, dataset.PixelData, self.claimed, split=uid != _RLE)
+        for number, codestream in enumerate(encaps.generate_frames(dataset.PixelData, number_of_frames=wanted, extended_offsets=offsets)):
+            if jpeg and b"\xff\xd9" not in codestream[-64:]:  # padding may follow the mark
+                raise DataError(f"frame {number} of {wanted} is cut off")
+            if uid in _LOSSY:
+                colours.add(codestream_colours(codestream) or self._label[:3])
+        if len(colours) > 1:
+            raise DataError("some frames are stored as RGB and others as YBR; write them again in one way")
+        self._ybr = "YBR" in colours
+        if colours and self._label[:3] in ("RGB", "YBR") and self._label[:3] not in colours:
+            self.notes.append(f"the header says {self._label}, and the JPEG pictures are {colours.pop()}: read as that")
+        return number + 1
 
     def _to_bytes(self, frame: np.ndarray, pixels: Any) -> np.ndarray:
         """uint8 grey or BGR of one decoded frame; colour spaces are already RGB or grey here."""
-        kind = str(self._dataset.get("PhotometricInterpretation") or "")
+        kind = self._label
         if kind == "PALETTE COLOR":
             frame = self._coloured(frame, pixels)
         elif frame.dtype != np.uint8 or (frame.ndim == 2 and self.bits < 8):

@@ -105,7 +105,7 @@ class Extracted:
 
 def extraction_fingerprint(params: ExtractParams) -> str:
     """16 hex digits over all that decides the stored bytes: parameters, format, the code that reads, and OpenCV's version."""
-    names = ["video.py", "sniffing.py", "dicom.py", "trouble.py", "integrity.py", "thinning.py", "store.py"]
+    names = ["video.py", "sniffing.py", "dicom.py", "dicom_pixels.py", "trouble.py", "integrity.py", "thinning.py", "store.py"]
     decisive = params.model_dump(include={"frames_per_second", "max_frames", "short_side", "color", "jpeg_quality"})
     if params.mask.mode != "none":
         names += ["outline.py", "sector.py", "masking.py"]

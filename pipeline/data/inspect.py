@@ -170,6 +170,8 @@ def inspect_file(task: Look) -> FileReport:
     try:
         with watched():
             report.header, frames = read_header(media, task.key)
+            if media.kind == "image" and not frames.still:
+                report.kind = "video"  # a DICOM header that does not say so
             report.findings += report.header.findings
             report.frames = report.header.frames
             try:

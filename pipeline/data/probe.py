@@ -92,7 +92,7 @@ def read_header(media: Media, key: str = "", max_pixels: int | None = None) -> t
         _read_video(media, frames.capture, header)
     elif header.container != "dicom":
         _read_still(media.location, header)
-    if media.kind == "video" and header.fps is None:
+    if not frames.still and header.fps is None:
         header.findings.append(Finding("no-rate", "neither container nor header states a rate from 1 to 1000"))
     return header, frames
 

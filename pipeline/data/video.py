@@ -203,6 +203,7 @@ class _Frames(Protocol):
 
     claimed: int | None
     fps: float | None
+    still: bool  # one picture, of which a rate says nothing
 
     def grab(self) -> bool: ...
 
@@ -222,6 +223,8 @@ def _open_capture(path: str) -> cv2.VideoCapture:
 
 class _Container:
     """A video file or GIF, decoded by FFmpeg through OpenCV on one thread."""
+
+    still = False
 
     def __init__(self, media: Media, max_pixels: int) -> None:
         self._path = media.path
@@ -256,6 +259,7 @@ class _Stills:
         self._name, self._max_pixels, self._warnings = media.path, max_pixels, warnings
         self._files = [media.location] if media.kind == "image" else _frame_files(media.location)
         self._next = 0
+        self.still = media.kind == "image"
         self.claimed: int | None = len(self._files)
         self.fps: float | None = None
 
@@ -356,15 +360,15 @@ class MediaReader:
             frames = _Stills(self.media, self.params.max_pixels, self.facts.warnings)
         facts, rate = self.facts, self.params.frames_per_second
         if not dicom and self.media.kind != "frames" and self.media.location.suffix.lower() in EXTENSIONS:
-            facts.warnings.append(f"named like DICOM, but a {'still image' if isinstance(frames, _Stills) else 'video'} inside: read as that")
+            facts.warnings.append(f"named like DICOM, but a {'still image' if frames.still else 'video'} inside: read as that")
         facts.frames_claimed = frames.claimed
-        if self.media.kind == "image":
+        if frames.still:
             return frames
         if frames.fps is not None:
             facts.fps, facts.fps_source = frames.fps, getattr(frames, "fps_source", "container")
         elif self._table_fps is not None:
             facts.fps, facts.fps_source = self._table_fps, "table"
-        elif rate is not None and self.media.kind == "video":
+        elif rate is not None and self.media.kind != "frames":
             facts.fps, facts.fps_source = ASSUMED_FPS, "assumed"
             facts.warnings.append(f"frame rate unknown: {ASSUMED_FPS:g} per second assumed for sampling")
         elif rate is not None:
@@ -383,9 +387,7 @@ class MediaReader:
             if fps is not None:
                 container.fps, container.fps_source = fps, source
             return container
-        frames = DicomFrames(path, shown, self.params.max_pixels)
-        self.facts.warnings += frames.notes
-        return frames
+        return DicomFrames(path, shown, self.params.max_pixels)
 
     def _read(self, frames: _Frames) -> Iterator[bytes]:
         thinner: Thinner[_Cell] | None = Thinner(self.params.max_frames) if self.params.max_frames is not None else None
@@ -412,6 +414,8 @@ class MediaReader:
                 self.facts.frames += len(ready)
                 yield from (cell.jpeg for cell in ready)
         ready = self._release(waiting, thinner) if waiting else []
+        for note in getattr(frames, "notes", ()):
+            _note(self.facts.warnings, note)
         self._close_count()
         if thinner is not None:
             ready = thinner.result()
