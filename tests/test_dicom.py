@@ -348,7 +348,7 @@ def test_identity__names_of_nobody(name: str, tmp_path: Path) -> None:
     "name",
     [
         "ANON0001", "anon_17", "Anonymized0042", "ANON-00012", "ANON-B", "deidentified_3", "TEST1", "PATIENT 12", "patient0", "unknown-2", "000123", "0x1F",
-        "1", "9999", "Anona", "Testa", "NAN", "患者",
+        "1", "9999", "Anona", "Testa", "NAN", "患者", "anonim" * 200 + "é",
     ],
 )
 def test_identity__a_digit_or_letter_of_its_own_makes_an_id(name: str, tmp_path: Path) -> None:

@@ -390,6 +390,9 @@ def test_read__damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
     with pytest.raises(DataError, match="not found. Run the split stage"):
         Splits.read(path)
+    path.write_text('{"schema": ' + "9" * 5000 + "}")
+    with pytest.raises(DataError, match="not readable JSON"):
+        Splits.read(path)
     tiny_splits().write(path)
     raw = json.loads(path.read_text())
     assert list(raw)[0] == "schema"

@@ -167,7 +167,9 @@ def read_identity(path: Path, shown: str) -> Identity:
     with _named(shown, "the DICOM header cannot be read"):
         dataset = _header(path, ["PatientID", "StudyInstanceUID", "Rows", "SpecificCharacterSet"])
         patient, study = (str(dataset.get(name, "") or "").strip() for name in ("PatientID", "StudyInstanceUID"))
-        return Identity("" if _NO_PATIENT.fullmatch(re.sub(r"[\W_]", "", patient).lower()) else patient, study)
+        words = re.sub(r"[\W_]", "", patient).lower()
+        # An id has 64 characters at most; longer ones could keep the pattern busy for ever.
+        return Identity("" if len(words) <= 64 and _NO_PATIENT.fullmatch(words) else patient, study)
 
 
 def frame_rate(dataset: Any) -> tuple[float | None, str]:

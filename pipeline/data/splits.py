@@ -7,7 +7,6 @@ group a video of any source belongs to is decided once (`pipeline.data.splitting
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,7 +81,7 @@ class Splits:
             raw = read_json(path)
         except FileNotFoundError:
             raise DataError(f"{path}: not found. Run the split stage first (dvc repro split).") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
             raise DataError(f"{path}: not readable JSON ({error})") from None
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
