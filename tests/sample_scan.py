@@ -1,6 +1,7 @@
 """Synthetic scanner screens with known scan area: flickering speckle in the outline of a probe, and everything written beside it.
 
-Overlays: a name, a changing clock, depth ticks, a logo, a grey bar, a moving ECG trace. `Scan.written` marks all their pixels.
+Overlays: a name, a changing clock, depth ticks, a logo, a grey bar, a moving ECG trace; closer to the picture: a sweeping and a
+scrolling trace, a playback bar, a heart rate that blinks, a name that comes late. `Scan.written` marks all their pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 GEOMETRIES = ("convex", "phased", "linear")
 OVERLAYS = ("text", "clock", "ticks", "logo", "bar", "ecg")
+NEAR = ("sweep", "scroll", "playback", "blinking", "late")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,22 @@ def _write(frames: np.ndarray, kind: str, sector: np.ndarray) -> None:
         elif kind == "bar":
             for row in range(height // 3):
                 frame[height // 3 + row, 3 : 3 + width // 40] = 255 - 255 * row // (height // 3)
-        else:
+        elif kind in ("sweep", "scroll"):
+            x = np.arange(width)
+            place = x if kind == "sweep" else x + 9 * t
+            beat = np.exp(-((place % (width // 4) - width / 8) ** 2) / (2 * (width / 100) ** 2))
+            y = bottom + 0.11 * height - 0.04 * height * beat
+            trace = np.stack([x, y.round()], 1).astype(np.int32)
+            gap = 17 * t % width
+            for part in (trace[:gap], trace[gap + 24 :]) if kind == "sweep" else (trace,):
+                cv2.polylines(frame, [part], False, 150, 2)
+        elif kind == "playback":
+            cv2.rectangle(frame, (0, bottom + height // 30), (width * (t + 1) // count, bottom + height // 18), 200, -1)
+        elif kind == "blinking" and t // 4 % 2:
+            cv2.putText(frame, f"HR {60 + t}", (round(0.72 * width), round(0.66 * height)), font, 2.2 * scale, 255, 2)
+        elif kind == "late" and t > 0.7 * count:
+            cv2.putText(frame, "DOE JANE 1953", (3, round(0.6 * height)), font, 1.6 * scale, 255, 2)
+        elif kind == "ecg":
             x = np.arange(width)
             beat = np.exp(-(((x - 9 * t) % (width // 4) - width / 8) ** 2) / (2 * (width / 100) ** 2))
             y = (0.97 * height - 0.07 * height * beat).round().astype(int)
@@ -89,17 +106,17 @@ def _write(frames: np.ndarray, kind: str, sector: np.ndarray) -> None:
 
 def scan(
     geometry: str = "convex", size: tuple[int, int] = (400, 300), frames: int = 24, seed: int = 0,
-    overlays: tuple[str, ...] = OVERLAYS, zoom: float = 1.0, shadow: bool = True,
+    overlays: tuple[str, ...] = OVERLAYS, zoom: float = 1.0, shadow: bool = True, gap: int | None = None,
 ) -> Scan:
-    """One clip of a scanner's screen."""
+    """One clip of a scanner's screen. gap: pixels around the picture in which nothing is written; by default a fiftieth of the width."""
     rng = np.random.default_rng(seed)
     sector = outline(geometry, size, zoom)
     picture = speckle(sector, frames, rng, shadow)
     written = np.zeros_like(picture)
     for kind in overlays:
         _write(written, kind, sector)
-    # Nothing is written closer to the picture than a fiftieth of the width.
-    near = cv2.dilate(sector.astype(np.uint8), np.ones((2 * (size[0] // 50) + 1,) * 2, np.uint8)) > 0
+    gap = size[0] // 50 if gap is None else gap
+    near = cv2.dilate(sector.astype(np.uint8), np.ones((2 * gap + 1,) * 2, np.uint8)) > 0
     written[:, near] = 0
     return Scan(np.maximum(picture, written), sector, (written > 0).any(0))
 

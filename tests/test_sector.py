@@ -36,6 +36,28 @@ def test_find_sector__each_overlay_alone(overlay: str) -> None:
     assert not (find_sector(clip.frames).mask & clip.written).any()
 
 
+@pytest.mark.parametrize("geometry", sample.GEOMETRIES)
+@pytest.mark.parametrize("overlay", sample.NEAR)
+@pytest.mark.parametrize(("size", "seed"), [((341, 256), 0), ((400, 300), 1), ((456, 256), 2)])
+def test_find_sector__what_moves_or_blinks_close_to_the_picture_is_cut(overlay: str, geometry: str, size: tuple[int, int], seed: int) -> None:
+    """Traces are lit nearly always, a bar or a name for half of the clip: neither stands still, and both are close by."""
+    clip = sample.scan(geometry, size, overlays=(overlay,), seed=seed, gap=4)
+    assert (clip.written.sum() > 100) and clip.frames[:, clip.written].max() >= 150
+    found = find_sector(clip.frames)
+    assert not (found.mask & clip.written).any() or found.confidence < SURE
+    assert (found.mask & clip.sector).sum() >= 0.97 * clip.sector.sum()
+    assert found.mask.sum() < 1.1 * clip.sector.sum()
+
+
+@pytest.mark.parametrize("geometry", sample.GEOMETRIES)
+@pytest.mark.parametrize("overlay", ["blinking", "late"])
+def test_find_sector__writing_that_touches_the_rim_for_a_while_is_cut(overlay: str, geometry: str) -> None:
+    clip = sample.scan(geometry, (480, 360), overlays=(overlay,), seed=4, gap=1)
+    found = find_sector(clip.frames)
+    assert (found.mask & clip.written).sum() <= 0.01 * clip.written.sum() or found.confidence < SURE
+    assert (found.mask & clip.sector).sum() >= 0.97 * clip.sector.sum()
+
+
 def test_find_sector__text_right_beside_the_rim_is_cut() -> None:
     clip = sample.scan("linear", overlays=())
     frames = clip.frames.copy()

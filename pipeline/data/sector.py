@@ -1,8 +1,9 @@
 """The scan area of an ultrasound clip: found by what moves, fitted by the outline of a probe, with a confidence.
 
-Everything a scanner writes beside its picture (text, rulers, logos, ECG, colour bars) stands still or is thin, the picture
-flickers; so what flickers, with the faint noise that hangs together with it, is fitted by the outline that a convex, phased or
-linear probe draws. Pure functions on grey frames; what is done with the result stands in `masking.py`.
+Everything a scanner writes beside its picture (text, rulers, logos, ECG, colour bars) stands still, or is small and comes and
+goes at one brightness; the picture flickers through all levels. So what flickers, with the faint noise that hangs together with
+it, is fitted by the outline that a convex, phased or linear probe draws. Pure functions on grey frames; what is done with the
+result stands in `masking.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ FEWEST = 4
 """Frames below which nothing is said about movement."""
 FAINT = 2.0
 """Grey levels above the background from which a pixel, averaged over time, belongs to a picture: shadows are hardly black."""
+BETWEEN = 0.1
+"""Share of the frames in which a pixel that is written on and off may lie between its two levels: a line that moves blurs."""
+BLINK = 60
+"""Grey levels between the two from which something counts as written: the rims of dark pictures sparkle more faintly."""
 MARGIN = 0.001
 """How far an outline is widened, as a share of the width."""
 
@@ -90,30 +95,80 @@ def _filled(area: np.ndarray) -> np.ndarray:
     return padded[1:-1, 1:-1] != 2
 
 
-def _strips(sparse: np.ndarray) -> np.ndarray:
-    """Of pixels that are lit now and then, those that lie in a low, wide strip: shadows of ribs that move are higher."""
-    width = sparse.shape[1]
-    closed = cv2.morphologyEx(sparse.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, max(3, width // 12)), np.uint8))
+def _without_dark(frames: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W] without black ones: with them a whole picture comes and goes."""
+    levels = frames[:, ::4, ::4].mean((1, 2))
+    seen = levels >= 0.3 * np.percentile(levels, 80)
+    return frames if seen.all() else frames[seen]
+
+
+def _switched(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which pixels take two levels and hardly any between, as writing does that comes and goes: speckle takes them all.
+
+    uint8 [T, ...] -> bool [...], and the lowest and the highest level, uint8 [...].
+    """
+    low, high = frames.min(0), frames.max(0)
+    quarter = (high - low) // 4
+    between = ((frames > low + quarter) & (frames < high - quarter)).sum(0)
+    return (quarter > 5) & (between <= BETWEEN * len(frames)), low, high
+
+
+def _strips(area: np.ndarray, sure: np.ndarray | None = None) -> np.ndarray:
+    """The parts of an area that lie in a low, wide strip: shadows of ribs that move are higher. sure: a third of it at least."""
+    width = area.shape[1]
+    closed = cv2.morphologyEx(area.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, max(3, width // 12)), np.uint8))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(closed)
     wide, high = stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT]
     strip = (wide > 0.6 * width) & (wide > 3 * high)
+    if sure is not None:
+        strip &= np.bincount(labels[sure], minlength=len(wide)) > 0.3 * np.bincount(labels[area], minlength=len(wide))
     strip[0] = False
-    return strip[labels] & sparse
+    return strip[labels] & area
+
+
+def _lonely(area: np.ndarray, lively: np.ndarray) -> np.ndarray:
+    """The pieces of an area around which most is still; specks are left out, because they occur in pictures as well."""
+    count, labels = cv2.connectedComponents(area.astype(np.uint8), connectivity=8)
+    around = cv2.dilate(labels.astype(np.float32), np.ones((5, 5), np.uint8)).astype(np.int32)
+    around[area] = 0
+    alone = np.bincount(around.ravel(), lively.ravel(), count) <= 0.4 * np.bincount(around.ravel(), minlength=count)
+    alone &= np.bincount(labels.ravel(), minlength=count) > 6
+    alone[0] = False
+    return alone[labels]
+
+
+def _overlaid(frames: np.ndarray, mean: np.ndarray, flicker: np.ndarray) -> np.ndarray:
+    """What is drawn over a screen and moves, or comes and goes: traces, bars, names, cursors. uint8 [T, h, w] -> bool [h, w].
+
+    Pixels that switch between two levels or are lit now and then, in a low, wide strip; or bright ones that switch, in small
+    pieces with still surroundings.
+    """
+    if len(frames) < FEWEST:
+        return np.zeros(mean.shape, bool)
+    switched, low, high = _switched(frames)
+    lively = flicker > FLOOR
+    thin = switched | ((high > 40) & (mean < 0.3 * high))
+    strips = _strips(thin)
+    # The line a trace comes back to is lit too often to count by itself.
+    strips |= _strips(thin | lively, thin)
+    written = switched & (high - low > BLINK)
+    written &= cv2.morphologyEx(written.astype(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9), np.uint8)) == 0
+    return strips | _lonely(written, lively & ~(switched | strips))
 
 
 @dataclass(frozen=True)
 class _View:
-    """A clip in a few pictures at `WORK`: mean over time, flicker, and `traced` (bool): where a line passed, as that of an ECG."""
+    """A clip in a few pictures at `WORK`: mean over time, flicker, and `overlaid` (bool): see `_overlaid`."""
 
     mean: np.ndarray
     flicker: np.ndarray
-    traced: np.ndarray
+    overlaid: np.ndarray
 
     @classmethod
     def of(cls, frames: np.ndarray) -> _View:
         small = _shrink(frames, WORK)
-        mean, highest = small.mean(0, dtype=np.float32), small.max(0)
-        return cls(mean, activity(small), _strips((highest > 40) & (mean < 0.3 * highest)))
+        mean, flicker = small.mean(0, dtype=np.float32), activity(small)
+        return cls(mean, flicker, _overlaid(_without_dark(small), mean, flicker))
 
     @property
     def background(self) -> float:
@@ -122,12 +177,12 @@ class _View:
         return low if low < 40 else 0.0
 
     def moves(self) -> np.ndarray:
-        return (self.flicker > max(FLOOR, 0.1 * float(np.percentile(self.flicker, 95)))) & ~self.traced
+        return (self.flicker > max(FLOOR, 0.1 * float(np.percentile(self.flicker, 95)))) & ~self.overlaid
 
     def lit(self) -> np.ndarray:
         shown = (self.mean > self.background + FAINT) | (self.flicker > 0.5 + float(np.percentile(self.flicker, 2)))
         written = (self.mean > 60) & (self.flicker < 0.3 + 0.01 * self.mean)
-        return shown & ~(self.traced | written)
+        return shown & ~(self.overlaid | written)
 
 
 def solid(area: np.ndarray) -> np.ndarray:
@@ -235,16 +290,26 @@ def _split(view: _View) -> int | None:
     return column if min(sizes) > 0.25 * sum(sizes) and min(tall) > 0.6 * max(tall) else None
 
 
+def _joined(letters: np.ndarray) -> np.ndarray:
+    """Letters of one line as one piece. bool -> uint8."""
+    return cv2.morphologyEx(letters.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((1, max(3, letters.shape[1] // 50 | 1)), np.uint8))
+
+
 def _without_labels(mask: np.ndarray, frames: np.ndarray, flicker: np.ndarray) -> np.ndarray:
-    """Cut what is written across the rim or just inside: still in every frame, and mostly outside, or bright in a still place."""
+    """Cut what is written across the rim or just inside: still in every frame, and mostly outside, or bright in a still place.
+
+    What comes and goes at one brightness is cut as well where it lies mostly outside.
+    """
     low, high = frames.min(0), frames.max(0)
     still = cv2.absdiff(high, low) < 30
     width = max(3, round(0.04 * mask.shape[1]) | 1)
     inner = cv2.erode(mask.astype(np.uint8), _kernel(width)) > 0
     quiet = cv2.blur(flicker, (width, width)) < 0.8
-    cut = np.zeros_like(mask)
+    cut = _blinking(mask, _without_dark(frames))
     for level in (25, 60):
-        count, labels, stats, _ = cv2.connectedComponentsWithStats((still & (low > level)).astype(np.uint8), connectivity=8)
+        bright = still & (low > level)
+        lines = _joined(bright) if level == 25 else bright.astype(np.uint8)
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(lines, connectivity=8)
         inside, deep, alone = (np.bincount(labels[part], minlength=count) for part in (mask, inner, quiet))
         size = stats[:, cv2.CC_STAT_AREA]
         labelled = (inside > 0) & (inside < 0.5 * size) if level == 25 else (inside > 0) & (deep == 0) & (alone > 0.8 * size)
@@ -252,6 +317,25 @@ def _without_labels(mask: np.ndarray, frames: np.ndarray, flicker: np.ndarray) -
         if labelled.any():
             cut |= labelled[labels]
     return mask & (cv2.dilate(cut.astype(np.uint8), _kernel(5)) == 0) if cut.any() else mask
+
+
+def _blinking(mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Lines of what comes and goes at one brightness, across the rim of a mask and mostly outside. bool [H, W]."""
+    wide = max(3, round(0.12 * mask.shape[1]) | 1)
+    flat = mask.astype(np.uint8)
+    # Only a band along the rim is looked at, half as far inside as outside: the whole picture would cost several times as much.
+    band = (cv2.dilate(flat, np.ones((wide, wide), np.uint8)) > cv2.erode(flat, np.ones((wide // 2 | 1,) * 2, np.uint8))).ravel()
+    if not band.any():
+        return np.zeros_like(mask)
+    written = np.zeros(mask.size, bool)
+    switched, low, high = _switched(frames.reshape(len(frames), -1)[:, np.flatnonzero(band)])
+    written[band] = switched & (high - low > BLINK)
+    written = written.reshape(mask.shape)
+    count, labels = cv2.connectedComponents(_joined(written), connectivity=8)
+    size, inside = np.bincount(labels[written], minlength=count), np.bincount(labels[written & mask], minlength=count)
+    line = (inside > 0) & (inside < 0.6 * size) & (size > 4)
+    line[0] = False
+    return line[labels]
 
 
 def _judge(view: _View, mask: np.ndarray, score: float, by_movement: bool, cine: bool) -> tuple[float, tuple[str, ...]]:
