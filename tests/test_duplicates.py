@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config
-from pipeline.data.duplicates import find_near_duplicates, print_video
+from pipeline.data import duplicates
+from pipeline.data.duplicates import NearDuplicate, VideoPrint, find_near_duplicates, print_video
 from pipeline.data.manifest import Manifest, VideoRow, pseudonym
 from pipeline.data.split_report import run_split
 from pipeline.data.splits import Splits
@@ -91,6 +92,82 @@ def test_near_duplicates__copies_found_relatives_left_apart() -> None:
     found = find_near_duplicates(prints)
     assert [(pair.first, pair.second) for pair in found] == [("copy", "v3")]
     assert found[0].motion > 0.65 and found[0].similarity > 0.7
+
+
+def _slow_search(first: list[np.ndarray], second: list[np.ndarray], scales: list[float]) -> tuple[float, float]:
+    side, best, best_scale = len(first[0]), -1.0, 1.0
+    window = int(side * duplicates.WINDOW)
+    start = (side - window) // 2
+    for scale in scales:
+        size = round(window * scale)
+        if not 8 <= size <= side:
+            continue
+        found = np.zeros((side - size + 1,) * 2, np.float32)
+        for left, right in zip(first, second, strict=True):
+            patch = cv2.resize(left[start : start + window, start : start + window], (size, size))
+            match = cv2.matchTemplate(right, patch, cv2.TM_CCOEFF_NORMED)
+            found += np.where(np.isfinite(match), match, 0.0) if patch.std() > 0.1 else 0.0
+        if float(found.max()) / len(first) > best:
+            best, best_scale = float(found.max()) / len(first), scale
+    return best, best_scale
+
+
+def _slow_compare(first: VideoPrint, second: VideoPrint, distance: int) -> NearDuplicate | None:
+    d, left, right = duplicates, first.frames.astype(np.float32), second.frames.astype(np.float32)
+    if len(left) != len(right):
+        return None
+    some = slice(1, None, 3) if len(left) == d.FRAMES else slice(None)
+    coarse, scale = _slow_search(d._details(left[some], d.COARSE_SIDE), d._details(right[some], d.COARSE_SIDE), list(d.SCALES))
+    fine, scale = _slow_search(d._details(left, d.SIDE), d._details(right, d.SIDE), [scale * factor for factor in d.FINE_SCALES])
+    if len(left) == 1:
+        alike = coarse >= d.COARSE_SIMILARITY and fine >= d.MIN_STILL_SIMILARITY and distance <= d.MAX_STILL_HASH_DISTANCE
+        return NearDuplicate(first.video, second.video, distance, fine, None) if alike else None
+    motion, _ = _slow_search(d._details(left - left.mean(0), d.SIDE), d._details(right - right.mean(0), d.SIDE), [scale])
+    alike = coarse >= d.COARSE_SIMILARITY and fine >= d.MIN_SIMILARITY and motion >= d.MIN_MOTION
+    return NearDuplicate(first.video, second.video, distance, fine, motion) if alike else None
+
+
+def _slow_pairs(prints: dict[str, VideoPrint]) -> dict[tuple[str, str], int]:
+    """Each print's nearest by hash, one print after the other."""
+    pairs = {}
+    for own in sorted(prints):
+        distances = {other: int((prints[own].hash != prints[other].hash).sum()) for other in sorted(prints) if other != own}
+        for other in sorted(distances, key=distances.__getitem__)[: duplicates.NEAREST]:
+            if distances[other] <= duplicates.MAX_HASH_DISTANCE:
+                pairs[min(own, other), max(own, other)] = distances[other]
+    return pairs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_duplicates__are_those_of_the_slow_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random prints around a few clips and stills: unlike, alike, copied with more and more noise, and without any detail."""
+    rng = np.random.default_rng(seed)
+    prints = {}
+    for number in range(45):
+        kind, noise = number % 5, 3.0 * (number // 5) + 1
+        frames = np.stack(clip(seed + kind, frames=9, size=64)[: 1 if kind == 3 else 9]).astype(np.float32)
+        frames = np.clip(frames + rng.normal(0, noise, frames.shape), 0, 255).astype(np.uint8) if kind != 4 else np.full_like(frames, number, np.uint8)
+        known = print_video(f"{rng.integers(1000):03d}-{number}", list(frames))
+        flips = rng.random(64) < 0.01 * noise
+        prints[known.video] = VideoPrint(known.video, known.hash ^ flips, known.frames)
+    monkeypatch.setattr(duplicates, "_BLOCK", 7)
+    found = find_near_duplicates(prints)
+    pairs = sorted(_slow_pairs(prints).items())
+    expected = [_slow_compare(prints[first], prints[second], distance) for (first, second), distance in pairs]
+    assert found == [pair for pair in expected if pair is not None] and 3 < len(found) < len(pairs)
+    assert {pair.motion is None for pair in found} == {True, False}
+
+
+@pytest.mark.parametrize("count", [2, 60, 300])
+def test_propose__is_the_slow_loop(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(count)
+    base = rng.normal(size=64)
+    hashes = base + rng.normal(size=(count, 64)) * 0.7 > 0
+    hashes[count // 2] = hashes[0]
+    monkeypatch.setattr(duplicates, "_BLOCK", 32)
+    prints = {f"{row:03d}": VideoPrint("", own, np.zeros(0)) for row, own in enumerate(hashes)}
+    wanted = {(int(first), int(second)): distance for (first, second), distance in _slow_pairs(prints).items()}
+    assert duplicates._propose(hashes) == wanted
 
 
 def test_run_split__planted_copy_across_two_patients_ends_in_one_fold(tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ patient share anatomy and one machine's clips share their frame, but only a copy
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from pipeline.data.store import FrameStore
 
@@ -36,6 +39,8 @@ MOVING = 1.0
 WINDOW = 0.7
 SCALES = (0.8, 0.86, 0.93, 1.0, 1.07, 1.15, 1.25)
 FINE_SCALES = (0.95, 0.965, 0.98, 1.0, 1.02, 1.035, 1.05)
+_BLOCK = 512
+"""Hashes compared with all others at once."""
 
 
 @dataclass(frozen=True)
@@ -106,49 +111,94 @@ def _details(frames: np.ndarray, side: int) -> list[np.ndarray]:
     return [frame - cv2.GaussianBlur(frame, (0, 0), side / 16) for frame in frames]
 
 
-def _search(first: Sequence[np.ndarray], second: Sequence[np.ndarray], scales: Sequence[float]) -> tuple[float, float]:
-    """Best mean correlation of the middle of `first` inside `second`, and its scale; one position for all frames."""
-    side = first[0].shape[0]
+@dataclass(frozen=True)
+class _Patches:
+    """The middle of some frames at one scale, to be searched in others; None for a frame without detail there."""
+
+    scale: float
+    size: int
+    pictures: tuple[np.ndarray | None, ...]
+
+
+def _patches(frames: Sequence[np.ndarray], scales: Sequence[float]) -> list[_Patches]:
+    """The middles of frames at each scale at which they fit."""
+    side = frames[0].shape[0]
     window = int(side * WINDOW)
     start = (side - window) // 2
-    best, best_scale = -1.0, 1.0
+    found = []
     for scale in scales:
         size = round(window * scale)
-        if not 8 <= size <= side:
-            continue
-        found = np.zeros((side - size + 1, side - size + 1), np.float32)
-        for left, right in zip(first, second, strict=True):
-            patch = cv2.resize(left[start : start + window, start : start + window], (size, size))
-            match = cv2.matchTemplate(right, patch, cv2.TM_CCOEFF_NORMED)
+        if 8 <= size <= side:
+            middles = [cv2.resize(frame[start : start + window, start : start + window], (size, size)) for frame in frames]
             # A patch without any detail has no correlation; OpenCV reports infinities or ones for it.
-            found += np.where(np.isfinite(match), match, 0.0) if patch.std() > 0.1 else 0.0
-        value = float(found.max()) / len(first)
-        if value > best:
-            best, best_scale = value, scale
+            found.append(_Patches(scale, size, tuple(middle if middle.std() > 0.1 else None for middle in middles)))
+    return found
+
+
+def _search(first: Sequence[_Patches], second: Sequence[np.ndarray], least: float) -> tuple[float, float]:
+    """Best mean correlation of patches inside `second`, and its scale; one position for all frames.
+
+    A scale is given up as soon as it cannot reach `least` or the best one any more, so a result below `least` says only that.
+    """
+    side, count = second[0].shape[0], len(second)
+    best, best_scale = -1.0, 1.0
+    for patches in first:
+        found = np.zeros((side - patches.size + 1, side - patches.size + 1), np.float32)
+        for left, (patch, right) in enumerate(zip(patches.pictures, second, strict=True)):
+            # No correlation exceeds 1 by more than rounding.
+            if left and float(found.max()) + 1.001 * (count - left) < count * max(best, least):
+                break
+            if patch is not None:
+                match = cv2.matchTemplate(right, patch, cv2.TM_CCOEFF_NORMED)
+                found += np.where(np.isfinite(match), match, 0.0)
+        else:
+            value = float(found.max()) / count
+            if value > best:
+                best, best_scale = value, patches.scale
     return best, best_scale
 
 
-def _compare(first: VideoPrint, second: VideoPrint, distance: int) -> NearDuplicate | None:
+def _some(frames: np.ndarray) -> list[np.ndarray]:
+    """Details of the few small frames by which nearly all pairs are told apart."""
+    return _details(frames[1::3] if len(frames) == FRAMES else frames, COARSE_SIDE)
+
+
+def _compare(first: VideoPrint, second: VideoPrint, distance: int, coarse: Sequence[_Patches]) -> NearDuplicate | None:
+    """What two prints have in common, None for too little. coarse: patches of `_some` frames of the first."""
     left, right = first.frames.astype(np.float32), second.frames.astype(np.float32)
     if len(left) != len(right):
         return None  # a still cut out of a clip is another kind of kinship, and no motion could confirm it
-    some = slice(1, None, 3) if len(left) == FRAMES else slice(None)
-    similarity, scale = _search(_details(left[some], COARSE_SIDE), _details(right[some], COARSE_SIDE), SCALES)
+    similarity, scale = _search(coarse, _some(right), COARSE_SIMILARITY)
     if similarity < COARSE_SIMILARITY:
         return None
-    similarity, scale = _search(_details(left, SIDE), _details(right, SIDE), [scale * factor for factor in FINE_SCALES])
-    if len(left) == 1:
-        if similarity < MIN_STILL_SIMILARITY or distance > MAX_STILL_HASH_DISTANCE:
-            return None
-        return NearDuplicate(first.video, second.video, distance, similarity, None)
-    if similarity < MIN_SIMILARITY:
+    least = MIN_STILL_SIMILARITY if len(left) == 1 else MIN_SIMILARITY
+    fine = _patches(_details(left, SIDE), [scale * factor for factor in FINE_SCALES])
+    similarity, scale = _search(fine, _details(right, SIDE), least)
+    if similarity < least:
         return None
-    motion, _ = _search(_details(left - left.mean(0), SIDE), _details(right - right.mean(0), SIDE), [scale])
+    if len(left) == 1:
+        return NearDuplicate(first.video, second.video, distance, similarity, None) if distance <= MAX_STILL_HASH_DISTANCE else None
+    motion, _ = _search(_patches(_details(left - left.mean(0), SIDE), [scale]), _details(right - right.mean(0), SIDE), MIN_MOTION)
     return NearDuplicate(first.video, second.video, distance, similarity, motion) if motion >= MIN_MOTION else None
 
 
+def _propose(hashes: np.ndarray) -> dict[tuple[int, int], int]:
+    """Pairs of rows (first < second) with their distance: for each row the `NEAREST` that are near enough. bool [N, 64]."""
+    signs = np.where(hashes, np.float32(1), np.float32(-1))
+    pairs: dict[tuple[int, int], int] = {}
+    for start in range(0, len(signs), _BLOCK):
+        # The product counts equal bits less unequal ones.
+        distances = ((signs.shape[1] - signs[start : start + _BLOCK] @ signs.T) / 2).astype(np.uint8)
+        for row, own in enumerate(distances, start):
+            near = np.flatnonzero(own <= MAX_HASH_DISTANCE)
+            near = near[near != row]
+            for other in near[np.argsort(own[near], kind="stable")[:NEAREST]].tolist():
+                pairs[min(row, other), max(row, other)] = int(own[other])
+    return pairs
+
+
 def find_near_duplicates(prints: Mapping[str, VideoPrint]) -> list[NearDuplicate]:
-    """Pairs of prints that show the same recording, sorted by id.
+    """Pairs of prints that show the same recording, sorted by id; with a progress bar on stderr if it takes long.
 
     Finds copies that were re-encoded, rescaled, or cropped by up to about a quarter a side. Does not find copies that
     were mirrored, cut in time or changed in speed, nor a still taken from a clip.
@@ -156,13 +206,14 @@ def find_near_duplicates(prints: Mapping[str, VideoPrint]) -> list[NearDuplicate
     videos = sorted(prints)
     if len(videos) < 2:
         return []
-    hashes = np.stack([prints[video].hash for video in videos])
-    pairs: dict[tuple[int, int], int] = {}
-    for row, own in enumerate(hashes):
-        distances = (hashes != own).sum(1)
-        distances[row] = len(own) + 1
-        nearest = np.argsort(distances, kind="stable")[:NEAREST]
-        for other in nearest[distances[nearest] <= MAX_HASH_DISTANCE].tolist():
-            pairs[min(row, other), max(row, other)] = int(distances[other])
-    found = (_compare(prints[videos[i]], prints[videos[j]], distance) for (i, j), distance in sorted(pairs.items()))
+    pairs = sorted(_propose(np.stack([prints[video].hash for video in videos])).items())
+    found = []
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=len(pairs), unit="pair", desc="near duplicates", delay=3.0, mininterval=30.0 if quiet else 0.2) as bar:
+        for i, group in groupby(pairs, key=lambda pair: pair[0][0]):
+            first = prints[videos[i]]
+            coarse = _patches(_some(first.frames.astype(np.float32)), SCALES)
+            for (_, j), distance in group:
+                found.append(_compare(first, prints[videos[j]], distance, coarse))
+                bar.update()
     return [pair for pair in found if pair is not None]
