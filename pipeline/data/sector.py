@@ -126,6 +126,17 @@ def _strips(area: np.ndarray, sure: np.ndarray | None = None) -> np.ndarray:
     return strip[labels] & area
 
 
+def _small(area: np.ndarray) -> np.ndarray:
+    """The pieces of an area that are nowhere as thick as a picture: one that comes after a change of depth is no writing."""
+    size = round(0.056 * max(area.shape)) | 1
+    closed = cv2.morphologyEx(area.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    thick = cv2.morphologyEx(closed, cv2.MORPH_OPEN, np.ones((size, size), np.uint8)) > 0
+    if not thick.any():
+        return area
+    count, labels = cv2.connectedComponents(closed, connectivity=8)
+    return area & (np.bincount(labels[thick], minlength=count) == 0)[labels]
+
+
 def _lonely(area: np.ndarray, lively: np.ndarray) -> np.ndarray:
     """The pieces of an area around which most is still; specks are left out, because they occur in pictures as well."""
     count, labels = cv2.connectedComponents(area.astype(np.uint8), connectivity=8)
@@ -151,8 +162,7 @@ def _overlaid(frames: np.ndarray, mean: np.ndarray, flicker: np.ndarray) -> np.n
     strips = _strips(thin)
     # The line a trace comes back to is lit too often to count by itself.
     strips |= _strips(thin | lively, thin)
-    written = switched & (high - low > BLINK)
-    written &= cv2.morphologyEx(written.astype(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9), np.uint8)) == 0
+    written = _small(switched & (high - low > BLINK))
     return strips | _lonely(written, lively & ~(switched | strips))
 
 
@@ -330,7 +340,7 @@ def _blinking(mask: np.ndarray, frames: np.ndarray) -> np.ndarray:
     written = np.zeros(mask.size, bool)
     switched, low, high = _switched(frames.reshape(len(frames), -1)[:, np.flatnonzero(band)])
     written[band] = switched & (high - low > BLINK)
-    written = written.reshape(mask.shape)
+    written = _small(written.reshape(mask.shape))
     count, labels = cv2.connectedComponents(_joined(written), connectivity=8)
     size, inside = np.bincount(labels[written], minlength=count), np.bincount(labels[written & mask], minlength=count)
     line = (inside > 0) & (inside < 0.6 * size) & (size > 4)
