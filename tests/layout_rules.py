@@ -39,6 +39,7 @@ ORDER = """
     data.sector
     data.masking
     data.video data.manifest data.mask_report
+    data.numbered
     data.store data.labels data.probe data.attributes
     data.contact_sheet data.frame_labels
     data.extract

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -181,6 +182,19 @@ def test_inspect__a_crashing_decoder_costs_its_file() -> None:
     reports = {report.path: report for report in inspect_module._look_at_all(tasks, 2)}
     assert reports["a.avi"].readable and reports["b.avi"].findings[0].text == CRASHED
     assert list(run_isolated(inspect_file, [], 1, lambda task: FileReport("", ""))) == []
+
+
+def test_inspect__numbered_stills_in_class_folders_are_a_warning() -> None:
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        path = Path("clips", ("benign", "malignant")[number % 2], f"{number // 2}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = cv2.GaussianBlur(rng.normal(size=(90, 120)).astype(np.float32), (0, 0), 4)
+        cv2.imwrite(str(path), np.clip(120 + 400 * noise, 0, 255).astype(np.uint8))
+    found = inspect_folder(Path("clips"))
+    assert [(file.kind, file.label) for file in found.files] == [("image", "benign")] * 4 + [("image", "malignant")] * 4
+    (said,) = (finding.text for finding in found.findings if finding.code == "numbered")
+    assert "each taken as a still" in said and "warnings\n" in as_text(summary(found)) and said not in found.notes
 
 
 def test_inspect__needs_no_torch_and_no_params() -> None:

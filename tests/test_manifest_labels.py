@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from pipeline.data.labels import Label, LabelledMedia, read_labelled_media
@@ -262,6 +265,53 @@ def test_source__missing_or_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "scan.mha").write_bytes(b"x")
     with pytest.raises(DataError, match="no video or image.*\n.*1 .mha"):
         labelled(tmp_path)
+
+
+def numbered(root: Path, names: tuple[str, ...], stills: bool, sizes: tuple[int, ...] = (96,)) -> None:
+    """Folders of six numbered pictures in one outline: unlike ones, or the frames of a clip."""
+    rng = np.random.default_rng(0)
+    for folder in names:
+        (root / folder).mkdir(parents=True)
+        scene = rng.normal(size=(120, 120)).astype(np.float32)
+        for number in range(6):
+            scene = rng.normal(size=(120, 120)).astype(np.float32) if stills else scene
+            picture = cv2.GaussianBlur(scene, (0, 0), 4)[number : number + 96, :96]
+            picture = np.clip(120 + 40 * picture / picture.std(), 0, 255) * (np.mgrid[:96, :96][0] < 80)
+            size = sizes[number % len(sizes)]
+            cv2.imwrite(str(root / folder / f"{number + 1}.png"), cv2.resize(picture.astype(np.uint8), (size, size)))
+
+
+@pytest.mark.parametrize(("stills", "sizes"), [(True, (96,)), (False, (96, 90, 80))])
+def test_numbered_stills_in_class_folders__are_stills_with_labels(tmp_path: Path, stills: bool, sizes: tuple[int, ...]) -> None:
+    """Pictures of different patients are unlike one another, or of different sizes: they are no clip."""
+    numbered(tmp_path, ("benign", "malignant"), stills, sizes)
+    found = labelled(tmp_path)
+    assert [item.path for item in found.media] == [f"{name}/{n}.png" for name in ("benign", "malignant") for n in range(1, 7)]
+    assert {item.kind for item in found.media} == {"image"}
+    assert Counter(said.label for said in found.labels.values()) == {"benign": 6, "malignant": 6}
+    assert found.doubtful and "each taken as a still (10 of 10 pairs" in found.doubtful[0] and found.doubtful[0] in found.notes
+    assert any("folders benign, malignant give the labels" in note for note in found.notes)
+
+
+def test_numbered_frames_of_clips__stay_clips(tmp_path: Path) -> None:
+    numbered(tmp_path, ("clip1", "clip2", "clip3"), stills=False)
+    found = labelled(tmp_path)
+    assert [(item.path, item.kind) for item in found.media] == [(name, "frames") for name in ("clip1", "clip2", "clip3")]
+    assert not found.doubtful and any("3 folders of numbered pictures are each taken as one clip (0 of 15" in note for note in found.notes)
+    assert any("everything is unlabelled" in note for note in found.notes)
+
+
+def test_numbered_folders__a_table_or_other_files_decide(tmp_path: Path) -> None:
+    numbered(tmp_path / "tabled", ("a", "b"), stills=True)
+    table(tmp_path / "tabled", "path,label\na,ill\nb,well\n")
+    assert [(item.path, item.kind) for item in labelled(tmp_path / "tabled").media] == [("a", "frames"), ("b", "frames")]
+    numbered(tmp_path / "mixed", ("a", "b"), stills=True)
+    media(tmp_path / "mixed", "c.mp4")
+    assert [item.kind for item in labelled(tmp_path / "mixed").media] == ["frames", "frames", "video"]
+    numbered(tmp_path / "broken", ("a", "b"), stills=True)
+    for path in (tmp_path / "broken").glob("*/*.png"):
+        path.write_bytes(path.read_bytes()[:90])
+    assert [item.kind for item in labelled(tmp_path / "broken").media] == ["frames", "frames"], "extraction names them"
 
 
 def test_extra_source__ignores_the_filters_of_the_main_one(tmp_path: Path) -> None:

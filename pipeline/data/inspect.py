@@ -258,10 +258,11 @@ def inspect_folder(
     if not found.media:
         raise DataError(f"{folder}: no video, picture or DICOM file is in it. " + " ".join(f"{note}." for note in found.notes))
     # What stands among the findings is not said twice.
-    said = ("files of other types", *found.passed_over)
+    said = ("files of other types", *found.passed_over, *found.doubtful)
     notes = [note for note in found.notes if not note.startswith(said) and " links lead out " not in note]
     result = Inspection(folder, quick, notes=notes)
     result.findings += [Finding("labels", text) for text in problems] + [Finding("no-table", text) for text in found.passed_over]
+    result.findings += [Finding("numbered", text) for text in found.doubtful]
     result.files = _look_at_all([Look(item, quick, data.pseudonym_key) for item in found.media], workers)
     _say_labels(result, found.labels, data.pseudonym_key)
     result.others = _walk(folder, found.media, ignore)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.data.numbered import clips_or_stills
 from pipeline.data.video import Media, Survey, find_media
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import is_odd, shield, unshield
@@ -52,6 +53,8 @@ class LabelledMedia:
     notes: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
     """Those of the notes that are about tables without labels."""
+    doubtful: list[str] = field(default_factory=list)
+    """Those of the notes that warn of folders of numbered pictures."""
     columns: list[str] = field(default_factory=list)
     """Columns of the tables, without those of paths and patients."""
     cells: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -139,6 +142,10 @@ def _gather(root: Path, setting: str, params: DataParams, strict: bool) -> tuple
     found = LabelledMedia(survey.media, {}, survey.notes + tables.notes, tables.notes)
     if tables.files:
         _attach(found, tables, survey)
+    elif not (strict and params.frame_labels):
+        found.media, said, doubtful = clips_or_stills(survey.media)
+        found.notes += [said] if said else []
+        found.doubtful += [said] if doubtful else []
     return found, tables
 
 
@@ -394,4 +401,4 @@ def _label_by_folder(found: LabelledMedia) -> None:
         found.labels = {item.path: Label(label=part[0]) for item, part in zip(found.media, parts, strict=True)}
         found.notes.append(f"no labels table: the folders {', '.join(classes)} give the labels, patients are unknown")
     else:
-        found.notes.append("no labels table and no class folders: everything is unlabelled")
+        found.notes.append("no labels table, and not every file lies in a class folder (<class>/<file>): everything is unlabelled")

@@ -64,6 +64,7 @@ _NOTHING = "nothing to do; extraction reads it"
 KINDS: dict[str, Kind] = {
     "unreadable": Kind("error", "cannot be read", "replace or remove them; extraction lists them in quarantine.csv and goes on"),
     "labels": Kind("error", "labels table and files disagree", "correct the table; extraction stops until they agree"),
+    "numbered": Kind("warning", "clips or stills", "look at them; a labels table that names folders or pictures decides"),
     "no-table": Kind("warning", "CSV table that gives no labels", "if it should, rename its columns or set the keys of section data, and look again"),
     "same-content-labels": Kind("error", "one content under different labels", "decide which label is right"),
     "same-content-patients": Kind("error", "one content under different patients", "decide which patient it is"),
