@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def _on(background: Sequence[float]) -> str:
 
 
 @contextmanager
-def card(path: Path, stamp: str, **size: Any):
+def card(path: Path, stamp: str, **size: Any) -> Iterator[plt.Figure]:
     """A figure in the house style (keywords as in `plt.figure`), saved with the stamp above it, and always closed."""
     with plt.rc_context(STYLE), warnings.catch_warnings():
         # A class name in a script the font lacks is drawn as boxes; the report's tables show it in full.
