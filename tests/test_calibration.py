@@ -294,6 +294,8 @@ def test_part__files_and_words(tmp_path):
     assert "Can the probabilities be trusted?" in page and 'href="#calibration"' in page
     assert metrics["calibration"]["caution"] in page
     assert "Calibrated on inner validation patients" in page and "Probabilities are not calibrated" not in page
+    card = (out / "model_card.md").read_text(encoding="utf-8")
+    assert metrics["calibration"]["caution"] in card and "not calibrated" not in card
     found = metrics["calibration"]["pretrained"]
     # The main numbers are those without calibration, which changes no answer.
     assert found["answers_changed"] == 0 and found["before"]["ece"] == metrics["pretrained"]["video"]["ece"]

@@ -28,7 +28,7 @@ from pipeline.data.transforms import resize_frame
 from pipeline.errors import CheckpointError, PipelineError, StoppedError
 from pipeline.methods.base import StepOutput
 from pipeline.methods.ucl import UCL
-from pipeline.parameters import MonitorParams
+from pipeline.parameters import MonitorParams, OptimizerParams
 from pipeline.training import pretrain as pretrain_module
 from pipeline.training.monitor import Monitor, chance_warning, epoch_line
 from pipeline.training.pretrain import initial_backbone
@@ -252,23 +252,26 @@ def test_chance_warning__once_and_behind_the_first_quarter() -> None:
     def rows(*losses: float) -> list[dict[str, float]]:
         return [{"epoch": e, "loss": loss, "chance_loss": 1.6} for e, loss in enumerate(losses)]
 
-    assert chance_warning(rows(2.0, 1.9, 1.0, 1.0), 8, 0.03, True) is None, "the first quarter may do as it likes"
-    assert chance_warning(rows(1.5, 1.4, 1.58), 8, 0.03, True) is None, "more than 1 % below"
-    epoch, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, 0.03, True)
+    sgd = OptimizerParams(name="sgd", lr=0.03)
+    assert chance_warning(rows(2.0, 1.9, 1.0, 1.0), 8, sgd, True) is None, "the first quarter may do as it likes"
+    assert chance_warning(rows(1.5, 1.4, 1.58), 8, sgd, True) is None, "more than 1 % below"
+    epoch, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, sgd, True)
     assert epoch == 2, "the first such epoch, however long the curve has become"
     assert text == (
         "the loss (1.590) has not left chance level (1.600) after a quarter of training: the "
         "network does not tell the positive from "
-        "the negatives. Lower pretrain.optimizer.lr (now 0.03), take adamw at 0.001, or raise the temperature."
+        "the negatives. Lower pretrain.optimizer.lr (now 0.03), take adamw at 0.001 or raise the temperature."
     )
-    _, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, 0.03, False)
+    _, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, sgd, False)
     assert text.endswith("the network does no better than one output for all images. Lower pretrain.optimizer.lr (now 0.03) or take adamw at 0.001.")
-    assert chance_warning([{"epoch": 7, "loss": 0.0, "chance_loss": 0.0}], 8, 0.03, True) is None, (
+    _, text = chance_warning(rows(1.0, 1.0, 1.59, 1.6), 8, OptimizerParams(name="adamw", lr=0.001), True)
+    assert text.endswith("Lower pretrain.optimizer.lr (now 0.001), train for more epochs or raise the temperature."), "not what is set already"
+    assert chance_warning([{"epoch": 7, "loss": 0.0, "chance_loss": 0.0}], 8, sgd, True) is None, (
         "no negatives, no chance level"
     )
     flat = [{"epoch": e, "loss": -0.9, "output_spread": spread} for e, spread in enumerate([0.01, 0.5, 0.5, 0.05])]
-    assert chance_warning(flat[:3], 8, 0.03, False) is None
-    epoch, text = chance_warning(flat, 8, 0.03, False)
+    assert chance_warning(flat[:3], 8, sgd, False) is None
+    epoch, text = chance_warning(flat, 8, sgd, False)
     assert epoch == 3
     assert text.startswith("the head maps all images to nearly one point (output_spread 0.050, 1 is spread evenly)")
 

@@ -59,6 +59,9 @@ def test_planted__the_size_of_the_picture_tells_the_class(tmp_path):
     compact = json.loads((tmp_path / "reports/evaluate/metrics.json").read_text())
     assert compact["shortcuts"]["file"]["balanced_accuracy"] == 1
     assert metrics["headline_parts"]["shortcuts.file.balanced_accuracy"] == 1
+    # Where nobody can overlook it: among what the numbers may not be used for.
+    use = page[page.index('<section id="use"') : page.index('<section id="pretraining"')]
+    assert "The value does not show that the picture's content is read" in use and "facts of the file 1.00" in use
 
 
 def test_null__facts_without_meaning_raise_no_alarm(tmp_path):

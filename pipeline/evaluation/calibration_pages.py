@@ -87,7 +87,7 @@ def _caution(context: Context, first: Judged) -> str:
 
 def _reasons(items: Sequence[Fitted]) -> str:
     found = list(dict.fromkeys(one.calibrator.reason for one in items if one.calibrator.reason))
-    return found[0] if len(found) == 1 else f"{found[0]}; and {len(found) - 1} other reasons"
+    return found[0] if len(found) == 1 else f"{found[0]}; and {plural(len(found) - 1, 'other reason')}"
 
 
 def _section(context: Context, judged: Mapping[str, Judged], wanted: Sequence[str]) -> Section:

@@ -15,6 +15,7 @@ from pipeline.evaluation.calibration import (
 from pipeline.evaluation.metrics import Scores, aggregate
 from pipeline.evaluation.parts import Context
 from pipeline.evaluation.predictions import Item, probability_columns
+from pipeline.evaluation.report import plural
 from pipeline.evaluation.statistics import paired_bootstrap, patient_intervals
 from pipeline.evaluation.summary import average
 from pipeline.evaluation.weighted import draw_patients
@@ -105,7 +106,7 @@ def nothing_fitted(items: Sequence[Fitted]) -> str:
     if any(one.calibrator.patients for one in items):
         return ""
     first, *others = dict.fromkeys(one.calibrator.reason for one in items)
-    return first + (f"; and {len(others)} other reasons" if others else "")
+    return first + (f"; and {plural(len(others), 'other reason')}" if others else "")
 
 
 def _item_numbers(one: Fitted) -> dict[str, Any]:

@@ -96,8 +96,15 @@ def evaluate(
         )
     write_tables(output, metrics, splits.classes, tables)
     context = Context(config, splits, items, tables, metrics, store, output, initialisations(metrics), whole)
-    parts = [found for part in PARTS if (found := part(context)) is not None]
-    metrics |= {part.key: {**part.numbers, "stamp": metrics["stamp"]} for part in parts}
+    parts: list[Part] = []
+    metrics["cautions"] = []
+    for compute in PARTS:
+        part = compute(context)
+        if part is not None:
+            # At once, because the model card, which is the last, tells of the others.
+            parts.append(part)
+            metrics[part.key] = {**part.numbers, "stamp": metrics["stamp"]}
+            metrics["cautions"] += part.cautions
     metrics["headline_parts"] = {name: value for part in parts for name, value in part.headline.items()}
     write_json(output / "metrics.json", compact(metrics, parts))
     write_json(output / "details.json", metrics)

@@ -63,3 +63,5 @@ class Part:
     """Metrics of the stage's and the parent's MLflow run, with their full names."""
     warnings: Sequence[str] = ()
     """Lines for the report's list of warnings."""
+    cautions: Sequence[str] = ()
+    """Sentences for what the numbers may not be used for, at the head of the report and in the model card."""

@@ -318,6 +318,7 @@ def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]
             "Patient identities were not given, so videos were treated as independent. If two videos come from one "
             "patient, the values are too high and the intervals too narrow."
         )
+    lines += metrics.get("cautions", [])
     if not phantom:
         lines.append(
             "Not for diagnosis, and not a statement about other hospitals, scanners or patient groups: all patients "

@@ -218,7 +218,20 @@ def shortcuts_part(context: Context) -> Part:
         compact={name: {f"balanced_accuracy{end}": one[f"balanced_accuracy{end}"] for end in ends} for name, one in found.items()},
         headline={f"{KEY}.{name}.balanced_accuracy": one["balanced_accuracy"] for name, one in found.items()},
         warnings=warnings,
+        cautions=_cautions(context, {name: one for name, one in found.items() if one["reaches_network"]}),
     )
+
+
+def _cautions(context: Context, reaching: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One sentence of all models that come as far as the network; none where no model does."""
+    if not reaching:
+        return []
+    network = number(context.metrics[context.inits[0]]["video"]["balanced_accuracy"])
+    values = "; ".join(f"{NAMES[name]} {interval_words(one, 'balanced_accuracy', context.config.evaluate.confidence)}" for name, one in reaching.items())
+    return [
+        f"The value does not show that the picture's content is read: what sees none of it reaches the network's {network}, within its interval "
+        f"({values})."
+    ]
 
 
 def _warning(context: Context, name: str, one: Mapping[str, Any]) -> str:

@@ -217,6 +217,7 @@ def subgroups_part(context: Context) -> Part | None:
     return Part(
         KEY, numbers, _section(context, numbers, judged, tests, warnings), compact={name: one for name, one in compact.items() if one},
         headline={f"{KEY}.clearly_worse": float(len(warnings))} if judged else {}, warnings=warnings,
+        cautions=[f"{line}." for line in warnings],
     )
 
 

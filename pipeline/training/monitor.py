@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.data.frames import FrameCache
 from pipeline.errors import PipelineError
 from pipeline.evaluation.features import collapse_statistics, embed_frames, evenly_spaced, neighbor_accuracy
-from pipeline.parameters import MonitorParams
+from pipeline.parameters import MonitorParams, OptimizerParams
 
 __all__ = ["Monitor", "Throughput", "chance_warning", "epoch_line"]
 
@@ -57,28 +57,31 @@ class Monitor:
         return None
 
 
-def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, rate: float, contrasts: bool) -> tuple[int, str] | None:
+def chance_warning(rows: Sequence[Mapping[str, float]], epochs: int, optimizer: OptimizerParams, contrasts: bool) -> tuple[int, str] | None:
     """(epoch, sentence) for the first epoch behind the first quarter of training whose mean loss is not 1 % below chance.
 
     Statistics of the backbone cannot show this: the head alone may map all images to one point while the backbone still
     spreads them. A method without a chance level (SimSiam, BYOL) is asked for the spread of its head's outputs instead.
 
     Args:
-        rows: curves so far, with `epoch`, `loss`, and `chance_loss` or `output_spread`. epochs: of the whole run. rate: the given
-            learning rate. contrasts: the method has negatives and their temperature (`Method.contrasts`).
+        rows: curves so far, with `epoch`, `loss`, and `chance_loss` or `output_spread`. epochs: of the whole run. optimizer: of the
+            pretraining. contrasts: the method has negatives and their temperature (`Method.contrasts`).
     """
     for row in rows:
         chance, late = row.get("chance_loss"), 4 * row["epoch"] >= epochs
         if chance is None and late and row.get("output_spread", 1) < 0.1:
             return int(row["epoch"]), (
                 f"the head maps all images to nearly one point (output_spread {row['output_spread']:.3f}, 1 is spread evenly): its loss is "
-                f"low because it has collapsed. Lower pretrain.optimizer.lr (now {rate:g}) or use larger batches."
+                f"low because it has collapsed. Lower pretrain.optimizer.lr (now {optimizer.lr:g}) or use larger batches."
             )
         if chance is not None and late and chance > 0 and row["loss"] >= 0.99 * chance:
+            ways = [f"Lower pretrain.optimizer.lr (now {optimizer.lr:g})"]
+            ways += ["take adamw at 0.001"] if (optimizer.name, optimizer.lr) != ("adamw", 0.001) else ["train for more epochs"]
+            ways += ["raise the temperature"] if contrasts else []
             meaning = "does not tell the positive from the negatives" if contrasts else "does no better than one output for all images"
             return int(row["epoch"]), (
                 f"the loss ({row['loss']:.3f}) has not left chance level ({chance:.3f}) after a quarter of training: the network {meaning}. "
-                f"Lower pretrain.optimizer.lr (now {rate:g}){', take adamw at 0.001, or raise the temperature' if contrasts else ' or take adamw at 0.001'}."
+                f"{', '.join(ways[:-1])} or {ways[-1]}."
             )
     return None
 

@@ -338,7 +338,7 @@ class Pretraining:
             self._warn(self.monitor.warning(measured, self.contrasts))
         row |= measured
         self.rows.append(row)
-        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr, self.contrasts)
+        stuck = chance_warning(self.rows, params.epochs, params.optimizer, self.contrasts)
         if stuck and stuck[0] == self.epoch:
             self._warn(stuck[1])
         shown = {**row, **self.speed}
@@ -366,7 +366,7 @@ class Pretraining:
     def export(self, folder: Path) -> None:
         """Write encoder.safetensors, card.json, curves.csv and, where the method has any, extras.safetensors into `folder` (first process)."""
         params, inputs = self.config.pretrain, self.inputs
-        stuck = chance_warning(self.rows, params.epochs, params.optimizer.lr, self.contrasts)
+        stuck = chance_warning(self.rows, params.epochs, params.optimizer, self.contrasts)
         last = {k: v for k, v in (self.rows[-1] if self.rows else {}).items() if k != "epoch"}
         card = {
             "schema": 1, "fingerprint": inputs.fingerprint, "method": params.method, "backbone": params.backbone,
