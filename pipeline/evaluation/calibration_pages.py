@@ -249,6 +249,9 @@ def _threshold_table(context: Context, judged: Mapping[str, Judged], wanted: Seq
         f"{context.unit}s. PPV and NPV hold for the share of the class in these data only. Fewest validation {context.unit}s of the class behind a "
         f"threshold: {', '.join(least)}; a handful makes a rough one."
     )
+    if any(one.numbers["thresholds"][name][rate] is not None and one.numbers["thresholds"][name][f"{rate}_low"] is None
+           for one in judged.values() for name in wanted for rate in RATES):
+        reasons[f"No interval: all {context.unit}s concerned gave the same result, or there is only one."] = None
     return Table("At one threshold", columns, rows, columns[3:], " ".join([note, *reasons]))
 
 

@@ -166,7 +166,8 @@ def comparison_table(metrics: Mapping[str, Any], inits: Sequence[str], unit: str
     if "difference" in metrics:
         note = (
             f"p: two-sided permutation test, exchanging the two networks' answers {unit} by {unit}. The question was "
-            "balanced accuracy per video; the other p values are not corrected for their number."
+            f"balanced accuracy per video; the other p values are not corrected for their number. Intervals come from drawing {unit}s anew: where "
+            "few differ, one way may find a difference and the other not, and only what both find counts as shown."
         )
         tables[-1] = replace(tables[-1], note=" ".join(filter(None, (tables[-1].note, note))))
     return tables
