@@ -20,13 +20,22 @@ def some(names: Iterable[Any], limit: int = 4) -> str:
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
+def plain(text: str) -> str:
+    """`text` with control characters escaped: messages quote names and cells of foreign files, which must not steer the terminal."""
+    return "".join(letter if category(letter) not in ("Cc", "Cf") or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in text)
+
+
+def loud(text: str) -> str:
+    """A warning set apart by empty lines: for what spoils hours of work, or every number, unless it is mended first."""
+    return f"\nWARNING: {plain(text)}\n"
+
+
 class PipelineError(Exception):
     """Base of all errors that a user can mend. `stages/*` print it without a traceback and exit with 2."""
 
     def __str__(self) -> str:
-        # Messages quote names and cells of foreign files, which must neither steer the terminal nor fill it.
-        text = "".join(letter if category(letter) not in ("Cc", "Cf") or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in super().__str__())
-        return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in text.split("\n"))
+        lines = plain(super().__str__()).split("\n")
+        return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..." for line in lines)
 
 
 class ConfigError(PipelineError):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli import run_stage  # noqa: E402
 from pipeline.config import fingerprint, load_config  # noqa: E402
-from pipeline.data.split_report import describe_folds, run_split  # noqa: E402
+from pipeline.data.split_report import describe_folds, describe_warnings, run_split  # noqa: E402
 from pipeline.tracking import open_tracker  # noqa: E402
 
 
@@ -30,8 +30,8 @@ def main() -> None:
         for path in (output, reports / "balance.csv", *reports.glob("balance.png")):
             tracker.log_artifact(path, "split")
         tracker.write_sidecar(Path("reports/runs/split.json"))
-    for warning in splits.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    if splits.warnings:
+        print(describe_warnings(splits, Path("data/frames/main")), file=sys.stderr)
     print(describe_folds(splits, metrics))
     print(
         f"split: {splits.words} in {output}, {metrics['warnings']} warnings; balance in "

@@ -9,8 +9,10 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import sample_dicom
 import sample_media as sample
 from fuzz_extraction import Trial, full_disk
 from scratch_project import make_project
@@ -18,7 +20,8 @@ from scratch_project import run as scratch_run
 from pipeline.config import Config
 from pipeline.data import extract as extract_module
 from pipeline.data.extract import Extracted, Task, extract_one, extract_source, extraction_fingerprint
-from pipeline.data.manifest import Manifest, pseudonym
+from pipeline.data.manifest import Manifest, pseudonym, read_hints
+from pipeline.data.splitting import make_splits
 from pipeline.data.store import FrameStore
 from pipeline.data.video import Media, find_media
 from pipeline.errors import ConfigError, DataError
@@ -82,7 +85,7 @@ def test_extract__complete_store(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("report/contact_sheet_1.png").stat().st_size > 1000
     names = {path.name for path in Path("frames").iterdir()}
     stored = {f"{row.video}{end}" for row in rows.values() for end in (".tar", ".idx.npy")}
-    assert names == {"manifest.csv", "quarantine.csv", *stored}
+    assert names == {"hints.json", "manifest.csv", "quarantine.csv", *stored}
     assert "1 of 5 files have no label" in capsys.readouterr().err
 
 
@@ -248,6 +251,55 @@ def test_tell__counts_warnings_by_kind_in_plain_words(capsys: pytest.CaptureFixt
         "warning: 2 of 4 files: decoded 8 frames where the header claims 9 (the first of them; the others with other numbers); see manifest.csv",
         "warning: 2 of 4 files: colour Doppler; see manifest.csv",
     ]
+
+
+def warned(text: str) -> list[str]:
+    """The warnings that stand apart, whole."""
+    lines = text.splitlines()
+    found = [place for place, line in enumerate(lines) if line.startswith("WARNING: ")]
+    assert all(lines[place - 1] == lines[place + 1] == "" for place in found)
+    return [lines[place] for place in found]
+
+
+def test_label_column__unknown_is_said_before_anything_is_decoded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = clips(labels=False)
+    (root / "labels.csv").write_text("path,befund,patient\none/a b.mp4,sick,Anna\n")
+    before = []
+    extract_all = extract_module._extract_all
+    monkeypatch.setattr(extract_module, "_extract_all", lambda *given: before.append(capsys.readouterr().err) or extract_all(*given))
+    run(config())
+    (said,) = warned(before[0])
+    assert "labels.csv: no column is taken for the label (columns found: path, befund, patient)" in said and "all videos stay unlabelled" in said
+    assert said.endswith("If befund is the label: -S data.label_column=befund")
+    hints = read_hints(Path("frames"))
+    assert hints["label"] in said
+    with pytest.raises(DataError, match=r"no video of clips has a label.*found: path, befund, patient.*-S data.label_column=befund\. Check data.labels"):
+        make_splits(Manifest.read(Path("frames/manifest.csv")), config(), hints=hints)
+
+
+def test_patient_column__unknown_is_said_before_anything_is_decoded(capsys: pytest.CaptureFixture[str]) -> None:
+    root = clips()
+    table = root / "labels.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("patient", "person"), encoding="utf-8")
+    run(config())
+    (said,) = warned(capsys.readouterr().err)
+    assert "4 of 4 labelled files have no patient" in said and "(columns found: path, label, person)" in said
+    assert said.endswith("If person is the patient: -S data.patient_column=person")
+    assert run(config()) and "patient" in read_hints(Path("frames"))
+    by_video = config().model_copy(update={"data": DataParams(source="clips", group="video")})
+    capsys.readouterr()
+    run(by_video)
+    assert not warned(capsys.readouterr().err), "patients do not matter there"
+    table.write_text(table.read_text(encoding="utf-8").replace("person", "patient"), encoding="utf-8")
+    run(config())
+    assert not warned(capsys.readouterr().err) and read_hints(Path("frames")) == {}
+
+
+def test_patients__of_dicom_headers_need_no_column(capsys: pytest.CaptureFixture[str]) -> None:
+    sample_dicom.write(Path("clips/cine.dcm"), np.zeros((4, 32, 40), np.uint8))
+    Path("clips/labels.csv").write_text("path,label\ncine.dcm,sick\n")
+    run(config())
+    assert not warned(capsys.readouterr().err)
 
 
 def test_place__copies_across_file_systems(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,33 @@ def test_labels__slip_in_a_column_name(tmp_path: Path, header: str, message: str
         labelled(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "role", "message"),
+    [
+        ("path,befund\na.mp4,x\n", "label", "(columns found: path, befund). If befund is the label: -S data.label_column=befund"),
+        ("path,Der Befund,ort\na.mp4,x,y\n", "label", "If one of Der Befund, ort is the label: -S 'data.label_column=Der Befund', for example"),
+        ("path,patient\na.mp4,7\n", "label", "(columns found: path, patient). Name it with data.label_column, or add the column"),
+        ("datei,befund,patient\na.mp4,x,7\n", "label", "no column is taken for the path or the label (columns found: datei, befund, patient). Name them with"),
+        ("a.mp4,sick,Anna\n", "label", "(its first line is no known header)"),
+        ("path,label,patient\na.mp4,x,\n", "patient", "labels.csv: column patient is empty there. Fill it"),
+    ],
+)
+def test_hints__name_the_columns_and_the_setting(tmp_path: Path, text: str, role: str, message: str) -> None:
+    media(tmp_path, "a.mp4")
+    table(tmp_path, text)
+    hint = labelled(tmp_path).hints[role]
+    assert message in hint and "Anna" not in hint
+
+
+def test_hints__none_where_nothing_is_missing(tmp_path: Path) -> None:
+    media(tmp_path, "one/a.mp4", "two/b.mp4")
+    assert "no labels table names a patient" in labelled(tmp_path).hints["patient"], "class folders name no patients"
+    assert labelled(tmp_path, labels="none").hints == {}
+    table(tmp_path, "path,label,patient\none/a.mp4,x,1\n")
+    table(tmp_path, "path,width\none/a.mp4,30\n", "sizes.csv")
+    assert labelled(tmp_path).hints == {}
+
+
 def test_labels__columns_and_table_by_name(tmp_path: Path) -> None:
     media(tmp_path, "a.mp4")
     table(tmp_path, "path,label,Klasse,id\na.mp4,raw,fine,7\n", "my.csv")

@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.data.folds import assign_folds, imbalance
-from pipeline.data.manifest import Manifest, VideoRow, pseudonym
-from pipeline.data.split_report import balance_rows
+from pipeline.data.manifest import Manifest, VideoRow, pseudonym, write_hints
+from pipeline.data.split_report import balance_rows, describe_warnings
 from pipeline.data.splits import Fold, InnerFold, Splits
 from pipeline.data.splitting import make_splits
 from pipeline.errors import ConfigError, DataError, LeakageError
@@ -185,6 +185,18 @@ def test_unknown_patients__own_group_for_labelled_blocked_for_unlabelled() -> No
         tested = pseudonym("covid1", "") in splits.groups_of(fold.test)
         assert video_id("stray") not in seen and (video_id("known") in seen) != tested
     assert video_id("stray") in splits.pretraining_videos(None)
+
+
+def test_unknown_patients__stand_apart_with_the_columns_found(tmp_path: Path) -> None:
+    manifest = Manifest([*table(SPEC).rows, row("lonely", "", "covid"), row("stray")])
+    splits = make_splits(manifest, config(3))
+    assert "\nWARNING: 1 of 36 labelled videos have no patient" in describe_warnings(splits, tmp_path), "a store without hints"
+    write_hints(tmp_path, {"patient": "labels.csv: no column is taken for the patient (columns found: path, label, person)"})
+    lines = describe_warnings(splits, tmp_path).splitlines()
+    (place,) = (place for place, line in enumerate(lines) if line.startswith("WARNING: "))
+    assert lines[place].endswith("(columns found: path, label, person)") and lines[place + 1] == ""
+    assert any(line.startswith("warning: 1 unlabelled videos have no patient") for line in lines)
+    assert not any("labels.csv" in warning for warning in splits.warnings), "what is shared says nothing of the table"
 
 
 def test_group_video__divides_patients_and_says_so() -> None:

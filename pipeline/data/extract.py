@@ -26,7 +26,7 @@ from pipeline.data.dicom import read_identity
 from pipeline.data.frame_labels import cut_videos
 from pipeline.data.labels import LabelledMedia, read_labelled_media
 from pipeline.data.limits import watched
-from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym
+from pipeline.data.manifest import Manifest, VideoRow, merge_identical, pseudonym, write_hints
 from pipeline.data.mask_report import write_mask_report
 from pipeline.data.masking import (
     Decision,
@@ -40,7 +40,7 @@ from pipeline.data.pool import CRASHED, run_isolated, usable_cores
 from pipeline.data.sniffing import is_dicom
 from pipeline.data.store import FrameStore, write_video
 from pipeline.data.video import Facts, Media, MediaReader, content_hash
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, loud
 from pipeline.files import (
     atomic_write,
     csv_text,
@@ -290,8 +290,8 @@ def _place(scratch: Path, output: Path, name: str) -> None:
         os.replace(part, target)
 
 
-def _fill_output(output: Path, scratch: Path, rows: list[VideoRow], quarantined: list[Extracted]) -> Manifest:
-    """Link all stored videos, remove those of earlier runs, write the quarantine list, and the manifest last."""
+def _fill_output(output: Path, scratch: Path, rows: list[VideoRow], quarantined: list[Extracted], hints: Mapping[str, str]) -> Manifest:
+    """Link all stored videos, remove those of earlier runs, write hints and the quarantine list, and the manifest last."""
     manifest = Manifest(rows)
     wanted = {f"{row.video}{suffix}" for row in rows for suffix in (".tar", ".idx.npy", ".mask.png")[: 3 if _has_mask(row) else 2]}
     try:
@@ -302,6 +302,7 @@ def _fill_output(output: Path, scratch: Path, rows: list[VideoRow], quarantined:
                 path.unlink()
         table = csv_text(["path", "reason"], ([result.path, result.reason] for result in quarantined))
         atomic_write(output / "quarantine.csv", table)
+        write_hints(output, hints)
         manifest.write(output / "manifest.csv")
     except OSError as error:
         raise DataError(_write_problem(error, output)) from None
@@ -411,13 +412,14 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
         _clean_scratch(scratch)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror})") from None
+    _warn_of_columns(found, config)
     rows, results = extract_media(found, params, scratch, source=source, key=config.data.pseudonym_key)
     quarantined = [result for result in results if result.reason]
     if source == "main" and config.data.frame_labels:
         with _writing(scratch):
             rows, notes = cut_videos(rows, config.data, params, scratch)
         found.notes += notes
-    manifest = _fill_output(output, scratch, rows, quarantined)
+    manifest = _fill_output(output, scratch, rows, quarantined, found.hints)
     metrics = _metrics(manifest, results, time.perf_counter() - started)
     with _writing(report_folder):
         write_json(report_folder / "metrics.json", metrics)
@@ -441,6 +443,22 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
     if quarantined and (params.on_error == "fail" or not rows):
         raise DataError(_failures(quarantined, len(results), params.on_error))
     return metrics
+
+
+def _warn_of_columns(found: LabelledMedia, config: Config) -> None:
+    """Say before anything is decoded, which may take hours, that labels or patients are missing because of a table's columns."""
+    if hint := found.hints.get("label"):
+        print(loud(f"all videos stay unlabelled and serve pretraining only. {hint}"), file=sys.stderr, flush=True)
+    if "patient" not in found.hints or config.data.group != "patient":
+        return
+    labelled = [item for item in found.media if found.labels[item.path].label or config.data.frame_labels]
+    # A DICOM header names its patient.
+    alone = [
+        item for item in labelled if not found.labels[item.path].patient and (item.kind == "frames" or not is_dicom(item.location))
+    ]
+    if alone:
+        text = f"{len(alone)} of {len(labelled)} labelled files have no patient, so that clips of one person may be trained on and tested"
+        print(loud(f"{text}. {found.hints['patient']}"), file=sys.stderr, flush=True)
 
 
 def _key_notes(results: list[Extracted], key: str) -> list[str]:

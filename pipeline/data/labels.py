@@ -10,6 +10,7 @@ import csv
 import difflib
 import io
 import posixpath
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from pipeline.data.numbered import clips_or_stills
 from pipeline.data.video import Media, Survey, find_media
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, some
 from pipeline.files import is_odd, shield, unshield
 from pipeline.parameters import DataParams
 from pipeline.registry import did_you_mean
@@ -59,6 +60,8 @@ class LabelledMedia:
     """Columns of the tables, without those of paths and patients."""
     cells: dict[str, dict[str, str]] = field(default_factory=dict)
     """What the tables say of a path in these columns."""
+    hints: dict[str, str] = field(default_factory=dict)
+    """Of the main source, by role (label, patient): which column is missing or empty, and how to name it."""
 
 
 @dataclass
@@ -72,6 +75,15 @@ class _Row:
 
 
 @dataclass
+class _Seen:
+    """One table that was looked into: its columns, and which of them was taken for a role (path, label, patient)."""
+
+    name: str
+    columns: list[str]
+    chosen: dict[str, str]
+
+
+@dataclass
 class _Tables:
     """All rows read, the columns seen, and problems that do not stop the reading."""
 
@@ -82,6 +94,7 @@ class _Tables:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     files: int = 0
+    seen: list[_Seen] = field(default_factory=list)
 
 
 def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
@@ -129,7 +142,36 @@ def read_labelled_media(source: str, params: DataParams) -> LabelledMedia:
     elif unlabelled:
         found.notes.append(f"{unlabelled} of {len(found.media)} files have no label and serve pretraining only")
     found.labels = {item.path: found.labels.get(item.path, Label()) for item in found.media}
+    if main and tables.seen and not framed and not any(said.label for said in found.labels.values()):
+        found.hints["label"] = _hint("label", tables.seen, root)
+    if main and any((framed or said.label) and not said.patient for said in found.labels.values()):
+        found.hints["patient"] = _hint("patient", tables.seen, root)
     return found
+
+
+def _hint(role: str, seen: list[_Seen], root: Path) -> str:
+    """Why no table gives the label or the patient (`role`), and what to do: columns found, and the setting that names one of them."""
+    tables = [table for table in seen if "label" in table.chosen] or seen
+    if not tables:
+        return f"no labels table names a {role}. Put a CSV table with the columns path, label and patient into {root}"
+    said = []
+    for name, columns, chosen in ((table.name, table.columns, table.chosen) for table in tables[:3]):
+        if role in chosen and "path" in chosen:
+            said.append(f"{name}: column {chosen[role]} is empty there. Fill it")
+            continue
+        missing = [item for item in ("path", role) if item not in chosen]
+        # Where no column has a known name, the first line may be no header but hold somebody's name.
+        shown = f"columns found: {some(columns, 20)}" if chosen else "its first line is no known header"
+        text = f"{name}: no column is taken for the {' or the '.join(missing)} ({shown})"
+        free = [column for column in columns if column and column not in chosen.values() and column.lower() != "fps"]
+        if chosen and free and missing == [role]:
+            which = free[0] if len(free) == 1 else f"one of {some(free, 20)}"
+            example = "" if len(free) == 1 else ", for example"
+            text += f". If {which} is the {role}: -S {shlex.quote(f'data.{role}_column={free[0]}')}{example}"
+        else:
+            text += f". Name {'it' if len(missing) == 1 else 'them'} with {' and '.join(f'data.{item}_column' for item in missing)}, or add the column"
+        said.append(text)
+    return "; ".join(said)
 
 
 def _gather(root: Path, setting: str, params: DataParams, strict: bool) -> tuple[LabelledMedia, _Tables]:
@@ -275,6 +317,7 @@ def _choose_columns(
                 f"data.{role}_column: {name} has no column '{setting}'.{near} Found: {', '.join(columns)}"
             )
             return None
+    tables.seen.append(_Seen(name, columns, chosen))
     missing = [role for role in ("path", "label") if role not in chosen]
     if not missing:
         return chosen

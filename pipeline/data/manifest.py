@@ -13,13 +13,14 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.files import atomic_write, csv_text, hash_bytes, unshield
+from pipeline.files import atomic_write, csv_text, hash_bytes, read_json, unshield, write_json
 
-__all__ = ["SCHEMA", "Manifest", "VideoRow", "merge_identical", "pseudonym"]
+__all__ = ["SCHEMA", "Manifest", "VideoRow", "merge_identical", "pseudonym", "read_hints", "write_hints"]
 
 SCHEMA = 3
 _VIDEO_ID = re.compile(r"[0-9a-f]{16}")
@@ -111,6 +112,20 @@ def merge_identical(rows: list[VideoRow]) -> list[VideoRow]:
             )
         merged.append(first)
     return merged
+
+
+def write_hints(store: Path, hints: Mapping[str, str]) -> None:
+    """Keep beside the manifest what extraction had to say of missing columns, by role (`label`, `patient`), for the stages behind it."""
+    write_json(store / "hints.json", dict(hints))
+
+
+def read_hints(store: Path) -> dict[str, str]:
+    """What `write_hints` kept in the folder of a frame store; empty for a store without (of an older version, or written by hand)."""
+    try:
+        found = read_json(store / "hints.json")
+    except (OSError, ValueError):
+        return {}
+    return {str(role): str(text) for role, text in found.items()} if isinstance(found, dict) else {}
 
 
 class Manifest:

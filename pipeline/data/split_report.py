@@ -10,13 +10,14 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.duplicates import NearDuplicate, find_near_duplicates, read_prints
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, read_hints
 from pipeline.data.splits import Splits
-from pipeline.data.splitting import make_splits
+from pipeline.data.splitting import NO_PATIENT, make_splits
 from pipeline.data.store import FrameStore
+from pipeline.errors import loud
 from pipeline.files import atomic_write, write_json
 
-__all__ = ["balance_rows", "describe_folds", "run_split", "split_metrics", "write_balance_plot"]
+__all__ = ["balance_rows", "describe_folds", "describe_warnings", "run_split", "split_metrics", "write_balance_plot"]
 
 BALANCE_COLUMNS = ("fold", "repeat", "part", "class", "patients", "videos", "frames")
 # Okabe & Ito: told apart by readers with any colour vision, and in grey print by their lightness.
@@ -50,7 +51,7 @@ def run_split(config: Config, stores: Path, output: Path, reports: Path) -> tupl
         store.close()
     pairs = find_near_duplicates(prints)
     main = manifests.pop("main")
-    splits = make_splits(main, config, [(pair.first, pair.second) for pair in pairs], manifests)
+    splits = make_splits(main, config, [(pair.first, pair.second) for pair in pairs], manifests, read_hints(stores / "main"))
     rows = balance_rows(splits, {row.video: row.frames for row in main.rows})
     metrics = split_metrics(splits, rows, len(pairs))
     splits.write(output)
@@ -133,6 +134,16 @@ def split_metrics(splits: Splits, rows: Sequence[Mapping[str, Any]], near_duplic
         "warnings": len(splits.warnings),
         "test": folds,
     }
+
+
+def describe_warnings(splits: Splits, store: Path) -> str:
+    """The warnings, one a line. Missing patients stand apart, with the columns that extraction found; `store`: frame store of the main source."""
+    hint = read_hints(store).get("patient", "")
+    lines = []
+    for warning in splits.warnings:
+        # The hint quotes a table of this computer: the terminal may show it, splits.json and the report do without.
+        lines.append(loud(f"{warning} {hint}".rstrip()) if NO_PATIENT in warning else f"warning: {warning}")
+    return "\n".join(lines)
 
 
 def describe_folds(splits: Splits, metrics: Mapping[str, Any]) -> str:

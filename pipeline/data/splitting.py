@@ -20,8 +20,10 @@ from pipeline.data.splits import Fold, InnerFold, Splits
 from pipeline.errors import DataError, some
 from pipeline.registry import did_you_mean
 
-__all__ = ["make_splits"]
+__all__ = ["NO_PATIENT", "make_splits"]
 
+NO_PATIENT = "labelled videos have no patient and count as a patient each"
+"""In the warning that every number may be too good."""
 
 
 @dataclass
@@ -50,6 +52,7 @@ def make_splits(
     config: Config,
     near_duplicates: Iterable[tuple[str, str]] = (),
     extra: Mapping[str, Manifest] | None = None,
+    hints: Mapping[str, str] | None = None,
 ) -> Splits:
     """Outer and inner folds of the main source, and the group of every video of every source.
 
@@ -58,6 +61,7 @@ def make_splits(
         config: sections `data` and `split` are used.
         near_duplicates: pairs of video ids that show one recording, within or across sources.
         extra: manifests of further sources by name; they are never split, only grouped.
+        hints: what extraction said of missing columns (`manifest.read_hints`), repeated where no video has a label.
 
     Returns:
         Checked splits; everything doubtful is in `warnings`, which name pseudonyms and video ids only.
@@ -78,6 +82,8 @@ def make_splits(
         every = sorted(row.video for row in manifest.rows)
         return _without_labels(manifest, config, groups, extra, warnings, every)
     given = read_given_split(Path(config.split.file), len(config.split.folds), config.split.repeats) if config.split.file else None
+    if not any(row.label for row in manifest.rows):
+        raise DataError(_nothing_labelled(manifest, config, dict(hints or {}).get("label", "")))
     classes, excluded = _choose_classes(manifest, config, given, groups, warnings)
     labels = {row.video: row.label for row in manifest.rows if row.label in classes}
     draft = _Draft(classes, groups, dict(sorted(labels.items())), warnings, config.data.group)
@@ -197,6 +203,15 @@ def _count(number: int, unit: str) -> str:
     return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
+def _nothing_labelled(manifest: Manifest, config: Config, hint: str) -> str:
+    """What to do where there is nothing to divide."""
+    return (
+        f"no video of {config.data.source} has a label, so there is nothing to evaluate. {hint + '. ' if hint else ''}Check data.labels, "
+        f"data.label_column and data.include (data/frames/main/manifest.csv has {len(manifest.rows)} videos). To pretrain without labels, set "
+        "pretrain.scope: all and run `dvc repro pretrain@0`."
+    )
+
+
 def _choose_classes(
     manifest: Manifest, config: Config, given: GivenSplit | None, groups: Mapping[str, str], warnings: list[str]
 ) -> tuple[list[str], dict[str, str]]:
@@ -209,13 +224,7 @@ def _choose_classes(
                 (f"{row.video} {frame}" for frame in range(row.frames)) if unit == "frame" else [groups[row.video]]
             )
     members = {name: len(units) for name, units in held.items()}
-    counts = ", ".join(f"{name}: {_count(members[name], unit)}" for name in sorted(members)) or "none"
-    if not members:
-        raise DataError(
-            f"no video of {config.data.source} has a label, so there is nothing to evaluate. Check data.labels, "
-            f"data.label_column and data.include (the manifest has {len(manifest.rows)} videos). To pretrain without "
-            "labels, set pretrain.scope: all and run `dvc repro pretrain@0`."
-        )
+    counts = ", ".join(f"{name}: {_count(members[name], unit)}" for name in sorted(members))
     key = "data.classes" if config.data.classes or not given else "classes of split.file"
     wanted = list(dict.fromkeys(config.data.classes or (given.classes if given else []) or sorted(members)))
     for name in wanted:
@@ -257,8 +266,7 @@ def _warn_unknown_patients(
     alone = sorted(row.video for row in manifest.rows if row.video in labels and not row.patient)
     if alone:
         warnings.append(
-            f"{len(alone)} of {len(labels)} labelled videos have no patient and count as a patient each, so that "
-            "clips of one "
+            f"{len(alone)} of {len(labels)} {NO_PATIENT}, so that clips of one "
             f"person may lie on both sides of a fold: {some(alone)}. Fill data.patient_column."
         )
     if blocked:
