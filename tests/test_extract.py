@@ -246,10 +246,10 @@ def test_full_disk__while_filling_the_output(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_tell__counts_warnings_by_kind_in_plain_words(capsys: pytest.CaptureFixture[str]) -> None:
     texts = ("decoded 8 frames where the header claims 9; colour Doppler", "decoded 5 frames where the header claims 7", "colour Doppler", "")
-    extract_module._tell([], [], [SimpleNamespace(warnings=text) for text in texts])
+    extract_module._tell([], [], [SimpleNamespace(warnings=text) for text in texts], Path("frames/manifest.csv"))
     assert capsys.readouterr().err.splitlines() == [
-        "warning: 2 of 4 files: decoded 8 frames where the header claims 9 (the first of them; the others with other numbers); see manifest.csv",
-        "warning: 2 of 4 files: colour Doppler; see manifest.csv",
+        "warning: 2 of 4 files: decoded 8 frames where the header claims 9 (the first of them; the others with other numbers); see frames/manifest.csv",
+        "warning: 2 of 4 files: colour Doppler; see frames/manifest.csv",
     ]
 
 

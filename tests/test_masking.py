@@ -351,7 +351,7 @@ def test_review__rows_that_match_no_file_are_named(capsys: pytest.CaptureFixture
     run(config({"review": "r.csv"}))
     told = capsys.readouterr().err
     assert "extract.mask.review: 2 rows match no file: row 3 (old/1.png), row 5 (0123456789abcdef)\n" in told
-    assert "1 of 2 videos have a doubtful mask; text may remain beside the picture: look at report/masks_1.png and decide in review.csv" in told
+    assert "1 of 2 videos have a doubtful mask; text may remain beside the picture: look at report/masks_1.png and decide in report/review.csv" in told
     Path("r.csv").write_text("path,decision\n0.png,keep\n1.png,keep\n")
     run(config({"review": "r.csv"}))
     told = capsys.readouterr().err

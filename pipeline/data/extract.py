@@ -433,12 +433,12 @@ def extract_source(source: str, config: Config, output: Path, report_folder: Pat
             (result.video, result.path, found.labels[result.path].label, result.mask) for result in results if result.mask and not result.reason
         ]
         write_mask_report(masks, scratch, report_folder)
-    _tell(found.notes + _key_notes(results, config.data.pseudonym_key), quarantined, rows)
+    _tell(found.notes + _key_notes(results, config.data.pseudonym_key), quarantined, rows, output / "manifest.csv")
     doubtful = len({video for video, _, _, mask in masks if mask.review})
     if doubtful:
         print(
             f"{doubtful} of {len({video for video, *_ in masks})} videos have a doubtful mask; text may remain beside the picture: "
-            f"look at {report_folder / 'masks_1.png'} and decide in review.csv", file=sys.stderr,
+            f"look at {report_folder / 'masks_1.png'} and decide in {report_folder / 'review.csv'}", file=sys.stderr,
         )
     if quarantined and (params.on_error == "fail" or not rows):
         raise DataError(_failures(quarantined, len(results), params.on_error))
@@ -476,8 +476,8 @@ def _failures(quarantined: list[Extracted], total: int, policy: str) -> str:
     return "\n".join(lines)
 
 
-def _tell(notes: list[str], quarantined: list[Extracted], rows: list[VideoRow]) -> None:
-    """Notes, warnings (counted by kind) and unreadable files, together after the progress bar."""
+def _tell(notes: list[str], quarantined: list[Extracted], rows: list[VideoRow], manifest: Path) -> None:
+    """Notes, warnings (counted by kind; `manifest` has all) and unreadable files, together after the progress bar."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     kinds: dict[str, list[str]] = {}
@@ -487,6 +487,6 @@ def _tell(notes: list[str], quarantined: list[Extracted], rows: list[VideoRow]) 
             kinds.setdefault(re.sub(r"\bP?[0-9a-f]*\d[0-9a-f]*\b", "#", text), []).append(text)
     for texts in kinds.values():
         more = "" if len(set(texts)) == 1 else " (the first of them; the others with other numbers)"
-        print(f"warning: {len(texts)} of {len(rows)} files: {texts[0]}{more}; see manifest.csv", file=sys.stderr)
+        print(f"warning: {len(texts)} of {len(rows)} files: {texts[0]}{more}; see {manifest}", file=sys.stderr)
     for result in quarantined:
         print(f"unreadable: {result.path}: {result.reason}", file=sys.stderr)

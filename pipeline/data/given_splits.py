@@ -83,7 +83,7 @@ class GivenSplit:
             raise DataError(
                 f"{self.path}: {len(resolver.problems)} entries cannot be used\n"
                 + "\n".join(f"  {line}" for line in lines)
-                + "\n  Allowed: paths of manifest.csv, video ids, patient ids of the labels table, pseudonyms."
+                + "\n  Allowed: paths of data/frames/main/manifest.csv, video ids, patient ids of the labels table, pseudonyms."
             )
         empty = [number for number, fold in enumerate(folds) if not fold.test]
         if empty:
