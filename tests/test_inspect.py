@@ -197,6 +197,34 @@ def test_inspect__numbered_stills_in_class_folders_are_a_warning() -> None:
     assert "each taken as a still" in said and "warnings\n" in as_text(summary(found)) and said not in found.notes
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_inspect__one_recording_in_three_files_is_named_once(table: bool) -> None:
+    """Class folders may be no classes at all, so that only a table's contradiction is an error."""
+    frames = sample.speckle(40, 2, size=(160, 128))
+    sample.write_clip(Path("clips/dicom/a.avi"), frames)
+    sample.write_clip(Path("clips/dicom/b.mp4"), np.ascontiguousarray(frames[:, 4:124, 5:155]))
+    sample.write_clip(Path("clips/video/c.mp4"), np.ascontiguousarray(frames[:, 2:126, 3:157]))
+    shutil.copy("clips/dicom/a.avi", "clips/video/copy.avi")
+    if table:
+        rows = ("dicom/a.avi,x", "dicom/b.mp4,x", "video/c.mp4,y", "video/copy.avi,y")
+        Path("clips/labels.csv").write_text("\n".join(["path,label", *rows]))
+    facts = summary(inspect_folder(Path("clips")))["findings"]
+    (said,) = facts["near-duplicate"]["found"]
+    assert said["path"] == "dicom/a.avi" and said["what"].startswith("as dicom/b.mp4, video/c.mp4 (likeness at least ")
+    words, severity = ("labels", "error") if table else ("folders", "warning")
+    assert {code for code in facts if code.endswith(("-labels", "-folders"))} == {f"near-duplicate-{words}", f"same-content-{words}"}
+    assert facts[f"near-duplicate-{words}"]["severity"] == facts[f"same-content-{words}"]["severity"] == severity
+
+
+def test_inspect__of_an_unreadable_file_only_that_is_said() -> None:
+    frames = np.zeros((2, 32, 40), np.uint8)
+    sample_dicom.write(Path("clips/cine.dcm"), frames)
+    data = Path("clips/cine.dcm").read_bytes()
+    Path("clips/cine.dcm").write_bytes(data[: -frames.nbytes])
+    (file,) = inspect_folder(Path("clips")).files
+    assert [finding.code for finding in file.findings] == ["unreadable"]
+
+
 def test_inspect__needs_no_torch_and_no_params() -> None:
     sample.write_clip(Path("clips/a.avi"), sample.speckle(5))
     script = "import sys; from pipeline.cli import main; main(['inspect', 'clips']); print('torch' in sys.modules, 'pandas' in sys.modules)"
@@ -230,6 +258,12 @@ def test_shortcuts__none_where_there_is_none() -> None:
     assert shortcuts([report(f"{i}.mp4", "well", f"P{i}") for i in range(20)]) == [], "one class"
     one = [report(f"{i}.mov", "sick", "P") for i in range(8)] + [report(f"{i}.mp4", ("well", "sick")[i % 2], f"Q{i}") for i in range(20)]
     assert not any(".mov" in finding.text for finding in shortcuts(one)), "one patient's files are of one class anyway"
+
+
+def test_text__says_for_how_many_files_the_patient_is_known() -> None:
+    files = [report("a.mp4", "x", "P1"), report("b.mp4", "x", "P1"), report("c.mp4", "y", "")]
+    assert as_text(summary(Inspection(Path("x"), False, files))).splitlines()[0].endswith("3 labelled, 1 patient (known for 2 of 3 files)")
+    assert as_text(summary(Inspection(Path("x"), False, files[:2]))).splitlines()[0].endswith("2 labelled, 1 patient")
 
 
 def test_text__of_a_clean_folder() -> None:
@@ -278,7 +312,7 @@ def test_pocus__copies_and_shortcuts(pocus: dict[str, dict[str, str]]) -> None:
 def test_extra__real_files(shared: Path) -> None:
     found = paths(inspect_folder(shared / "data/extra", labels="none"))
     assert found["variable-rate"] == {"video/butterfly-ocular-phantom.mp4"} and found["static"] == {"video/sonosite-anon-eye1-video.mp4"}
-    assert found["unreadable"] == {"dicom/emri_small_jpeg_2k_lossless_too_short.dcm"}
+    assert found["unreadable"] == {"dicom/emri_small_jpeg_2k_lossless_too_short.dcm"} and "tiny" not in found
     assert "dicom/gdcm-US-ALOKA-16.dcm" in found["regions"] & found["deep"]
     assert {"dicom/US1_J2KR.dcm", "dicom/examples_rgb_color.dcm"} <= found["near-duplicate"], "one picture in two encodings"
 

@@ -195,6 +195,11 @@ def test_tint__blue_and_grey() -> None:
     assert 11 < tint(blue)[1] <= 12 and tint(blue)[0] == 0
 
 
+def test_advice__names_written_files_with_their_folder() -> None:
+    named = [word.strip(".,;()") for kind in KINDS.values() for word in kind.advice.split() if word.strip(".,;()").endswith((".csv", ".png", ".json"))]
+    assert named and all("/" in name for name in named)
+
+
 def test_dicom__tags_that_tell(tmp_path: Path) -> None:
     plain = sample_dicom.write(tmp_path / "a.dcm", sample.speckle(10))
     assert codes(plain) == {}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pipeline.data.store import FrameStore
 
-__all__ = ["NearDuplicate", "VideoPrint", "find_near_duplicates", "print_video", "read_prints"]
+__all__ = ["NearDuplicate", "VideoPrint", "find_near_duplicates", "join_pairs", "print_video", "read_prints"]
 
 FRAMES = 9
 SIDE = 64
@@ -217,3 +217,18 @@ def find_near_duplicates(prints: Mapping[str, VideoPrint]) -> list[NearDuplicate
                 found.append(_compare(first, prints[videos[j]], distance, coarse))
                 bar.update()
     return [pair for pair in found if pair is not None]
+
+
+def join_pairs(pairs: Sequence[NearDuplicate]) -> list[tuple[list[str], list[NearDuplicate]]]:
+    """Sorted ids that show one recording, joined over pairs, and the pairs they come from; every id stands in one list."""
+    groups: dict[str, tuple[set[str], list[NearDuplicate]]] = {}
+    for pair in pairs:
+        both = [groups.setdefault(video, ({video}, [])) for video in (pair.first, pair.second)]
+        small, large = sorted(both, key=lambda group: len(group[0]))
+        if small is not large:
+            large[0].update(small[0])
+            large[1].extend(small[1])
+            groups |= dict.fromkeys(small[0], large)
+        large[1].append(pair)
+    whole = {id(group): group for group in groups.values()}
+    return [(sorted(videos), found) for videos, found in whole.values()]

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.duplicates import FRAMES, VideoPrint, find_near_duplicates, print_video
+from pipeline.data.duplicates import FRAMES, VideoPrint, find_near_duplicates, join_pairs, print_video
 from pipeline.data.labels import Label, survey_labels
 from pipeline.data.limits import watched
 from pipeline.data.manifest import pseudonym
@@ -187,6 +187,9 @@ def inspect_file(task: Look) -> FileReport:
         if is_full(error):
             raise DataError(f"{error.filename}: the disk is full. Make room, or set TMPDIR to another folder, and start again.") from None
         report.findings.append(Finding("unreadable", f"cannot be read ({error.strerror or 'not an image that can be opened'})"))
+    if not report.readable:
+        # What its header says of the picture is of no use, and it is no reason to look at the file.
+        report.findings = [finding for finding in report.findings if finding.code in ("unreadable", "cut-off", "extension")]
     return report
 
 
@@ -267,7 +270,7 @@ def inspect_folder(
     _say_labels(result, found.labels, data.pseudonym_key)
     result.others = _walk(folder, found.media, ignore)
     _check_names(result.files, {item.path: item for item in found.media}, folder)
-    _check_copies(result.files, {item.path: item for item in found.media})
+    _check_copies(result.files, {item.path: item for item in found.media}, "folders" if found.by_folder else "labels")
     _check_lengths(result.files)
     result.findings += _check_classes(result.files) + shortcuts(result.files)
     return result
@@ -352,8 +355,8 @@ def _others(group: Sequence[FileReport], report: FileReport, limit: int = 3) -> 
     return ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
 
-def _check_copies(files: list[FileReport], media: dict[str, Media]) -> None:
-    """Equal contents (among files of equal size), and recordings encoded twice."""
+def _check_copies(files: list[FileReport], media: dict[str, Media], origin: str) -> None:
+    """Equal contents (among files of equal size), and recordings encoded twice. `origin` of the classes: labels or folders."""
     sizes: dict[tuple[str, int], list[FileReport]] = defaultdict(list)
     for report in files:
         if report.bytes:
@@ -366,12 +369,14 @@ def _check_copies(files: list[FileReport], media: dict[str, Media]) -> None:
     for digest, group in groups.items():
         if digest and len(group) > 1:
             copies |= {report.path for report in group[1:]}
-            _say_pairs("same-content", group, "")
+            _say_pairs("same-content", group, "", origin)
     prints = {report.path: report.print for report in files if report.print is not None and report.path not in copies}
     by_path = {report.path: report for report in files}
-    for pair in find_near_duplicates(prints):
-        moved = "" if pair.motion is None else f", motion {pair.motion:.2f}"
-        _say_pairs("near-duplicate", [by_path[pair.first], by_path[pair.second]], f" (likeness {pair.similarity:.2f}{moved})")
+    for group, pairs in join_pairs(find_near_duplicates(prints)):
+        moved = [pair.motion for pair in pairs if pair.motion is not None]
+        least = "at least " if len(pairs) > 1 else ""
+        how = f" (likeness {least}{min(pair.similarity for pair in pairs):.2f}{f', motion {least}{min(moved):.2f}' if moved else ''})"
+        _say_pairs("near-duplicate", [by_path[path] for path in group], how, origin)
 
 
 def _digest(media: Media) -> str:
@@ -381,7 +386,7 @@ def _digest(media: Media) -> str:
         return ""
 
 
-def _say_pairs(code: str, group: list[FileReport], how: str) -> None:
+def _say_pairs(code: str, group: list[FileReport], how: str, origin: str = "labels") -> None:
     """A finding for each of a group of copies, more serious where labels or patients disagree."""
     labels, patients = (sorted({getattr(report, key) for report in group} - {""}) for key in ("label", "patient"))
     for report in group:
@@ -389,14 +394,14 @@ def _say_pairs(code: str, group: list[FileReport], how: str) -> None:
         apart = "; other patient" if len(patients) > 1 and code == "near-duplicate" else ""
         report.findings.append(Finding(code, f"as {others}{how}{apart}", again=again))
         if len(labels) > 1:
-            report.findings.append(Finding(f"{code}-labels", f"{' and '.join(labels[:3])}: as {others}", again=again))
+            report.findings.append(Finding(f"{code}-{origin}", f"{' and '.join(labels[:3])}: as {others}", again=again))
         if len(patients) > 1 and code == "same-content":
             report.findings.append(Finding("same-content-patients", f"{' and '.join(patients[:3])}: as {others}", again=again))
 
 
 def _check_lengths(files: list[FileReport]) -> None:
     """Clips shorter than a method samples from, with that method's default parameters."""
-    brief = [report for report in files if report.kind != "image" and report.frames is not None and report.frames < SHORT]
+    brief = [report for report in files if report.readable and report.kind != "image" and report.frames is not None and report.frames < SHORT]
     if not brief:
         return
     needs = {name: METHODS.get(name).min_frames(METHODS.get(name).Params()) for name in METHODS.names()}

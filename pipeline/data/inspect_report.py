@@ -63,6 +63,7 @@ def summary(inspection: Inspection) -> dict[str, Any]:
         "seconds": round(sum(seconds), 1),
         "megabytes": round(sum(report.bytes for report in files) / 1e6, 3),
         "patients": len({report.patient for report in good} - {""}),
+        "patient_known": sum(bool(report.patient) for report in good),
         "labelled": sum(bool(report.label) for report in good),
         "classes": classes,
         "containers": dict(Counter(report.header.container for report in good).most_common()),
@@ -114,6 +115,8 @@ def headline(facts: dict[str, Any]) -> str:
     length = f" ({facts['seconds'] / 60:.1f} minutes)" if facts["seconds"] else ""
     said += f"; {_plural(facts['frames'], 'frame')}{claimed}{length}, {facts['megabytes']:.1f} MB"
     said += f"; {facts['labelled']} labelled, {_plural(facts['patients'], 'patient')}"
+    good = facts["files"] - facts["unreadable"]
+    said += f" (known for {facts['patient_known']} of {_plural(good, 'file')})" if 0 < facts["patient_known"] < good else ""
     return said + (f"; {facts['unreadable']} unreadable" if facts["unreadable"] else "")
 
 

@@ -60,6 +60,8 @@ class LabelledMedia:
     """Columns of the tables, without those of paths and patients."""
     cells: dict[str, dict[str, str]] = field(default_factory=dict)
     """What the tables say of a path in these columns."""
+    by_folder: bool = False
+    """Whether the labels are nothing but names of folders."""
     hints: dict[str, str] = field(default_factory=dict)
     """Of the main source, by role (label, patient): which column is missing or empty, and how to name it."""
 
@@ -442,6 +444,7 @@ def _label_by_folder(found: LabelledMedia) -> None:
     classes = sorted({part[0] for part in parts if len(part) == 2})
     if len(classes) >= 2 and all(len(part) == 2 for part in parts):
         found.labels = {item.path: Label(label=part[0]) for item, part in zip(found.media, parts, strict=True)}
-        found.notes.append(f"no labels table: the folders {', '.join(classes)} give the labels, patients are unknown")
+        found.notes.append(f"no labels table: the folders {', '.join(classes)} give the labels; no table names patients")
+        found.by_folder = True
     else:
         found.notes.append("no labels table, and not every file lies in a class folder (<class>/<file>): everything is unlabelled")

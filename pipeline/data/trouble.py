@@ -61,18 +61,21 @@ class Finding:
 
 
 _NOTHING = "nothing to do; extraction reads it"
+_FOLDERS = "if folders are classes, decide which is right; if they are not (formats, dates), set data.labels to none or to a table"
 KINDS: dict[str, Kind] = {
-    "unreadable": Kind("error", "cannot be read", "replace or remove them; extraction lists them in quarantine.csv and goes on"),
+    "unreadable": Kind("error", "cannot be read", "replace or remove them; extraction lists them in data/frames/main/quarantine.csv and goes on"),
     "labels": Kind("error", "labels table and files disagree", "correct the table; extraction stops until they agree"),
     "numbered": Kind("warning", "clips or stills", "look at them; a labels table that names folders or pictures decides"),
     "no-table": Kind("warning", "CSV table that gives no labels", "if it should, rename its columns or set the keys of section data, and look again"),
     "same-content-labels": Kind("error", "one content under different labels", "decide which label is right"),
     "same-content-patients": Kind("error", "one content under different patients", "decide which patient it is"),
     "near-duplicate-labels": Kind("error", "one recording under different labels", "look at both; give them one label or remove one"),
+    "same-content-folders": Kind("warning", "one content in different class folders", _FOLDERS),
+    "near-duplicate-folders": Kind("warning", "one recording in different class folders", _FOLDERS),
     "static": Kind("warning", "clip that does not move", "remove it, or keep it as a still image"),
     "black": Kind("warning", "black from start to end", "remove it"),
     "cut": Kind("warning", "hard cut inside", "split it there: both sides count as one recording, and negatives cross the cut"),
-    "short": Kind("warning", "too few frames for a method", "pretraining leaves it out; see the text for which method"),
+    "short": Kind("warning", "too few frames for a method", "pretraining with a method named here leaves it out"),
     "cut-off": Kind("warning", "cut off", "get the whole file; what is there is read, and its last frames are missing"),
     "repeats": Kind("warning", "frames repeat", "screen recording; lower extract.frames_per_second to what the scanner gave"),
     "black-start": Kind("warning", "black lead-in", "cut it off if there are many"),
@@ -85,7 +88,7 @@ KINDS: dict[str, Kind] = {
     "huge": Kind("note", "huge picture", "extract.short_side shrinks it; look whether it is a full screen"),
     "aspect": Kind("warning", "pixels are not square", "shown wider or narrower than stored; the stored pixels are used"),
     "burnt-in": Kind("warning", "burnt-in text by its header", "look at it: names in pictures are not removed by hashing headers"),
-    "regions": Kind("warning", "several ultrasound regions", "two pictures on one screen, or a strip chart; look at the contact sheet"),
+    "regions": Kind("warning", "several ultrasound regions", "two pictures on one screen, or a strip chart; look at reports/extract/contact_sheet_1.png"),
     "colour-flow": Kind("warning", "colour Doppler by its header", "decide whether such clips belong to the question"),
     "same-content": Kind("warning", "same content twice", "kept once; remove the copies"),
     "near-duplicate": Kind("warning", "one recording twice, encoded differently", "kept in one fold; check that the patients agree"),
