@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline.data.manifest import Manifest, VideoRow, pseudonym, write_hints
 from pipeline.data.split_report import balance_rows, describe_warnings
 from pipeline.data.splits import Fold, InnerFold, Splits
 from pipeline.data.splitting import make_splits
+from pipeline.evaluation.content import data_tables
 from pipeline.errors import ConfigError, DataError, LeakageError
 
 
@@ -197,6 +199,19 @@ def test_unknown_patients__stand_apart_with_the_columns_found(tmp_path: Path) ->
     assert lines[place].endswith("(columns found: path, label, person)") and lines[place + 1] == ""
     assert any(line.startswith("warning: 1 unlabelled videos have no patient") for line in lines)
     assert not any("labels.csv" in warning for warning in splits.warnings), "what is shared says nothing of the table"
+
+
+def test_report__says_which_unlabelled_videos_serve_pretraining() -> None:
+    """Three of two known patients do; two strays are nobody, and serve only where the encoder may see everything."""
+    unlabelled = [row("u0", "covid1"), row("u1", "covid1"), row("u2", "new"), row("s0"), row("s1")]
+    splits = make_splits(Manifest([*table(SPEC).rows, *unlabelled]), config(3))
+    videos = data_tables(splits, None, "patient")[0]
+    assert [line[:3] for line in videos.rows[3:]] == [
+        ["without label (pretraining only)", 2, 3], ["without label or patient (left out of pretraining)", "–", 2],
+    ]
+    assert "might show a test patient" in videos.note
+    everything = data_tables(splits, None, "patient", [SimpleNamespace(card=SimpleNamespace(pretrain_scope="all", model_extra={}))])[0]
+    assert [line[:3] for line in everything.rows[3:]] == [["without label (pretraining only)", 2, 5]] and everything.note == ""
 
 
 def test_group_video__divides_patients_and_says_so() -> None:

@@ -330,18 +330,9 @@ def data_tables(splits: Splits, store: FrameStore | None, unit: str, items: Sequ
         videos = [video for video, label in splits.labels.items() if label == name]
         groups = {splits.groups[video] for video in videos}
         rows.append([name, len(groups), len(videos), sum(stored.get(video, 0) for video in videos) or "–"])
-    unlabelled = list(splits.unlabelled)
-    if unlabelled:
-        rows.append(
-            [
-                "without label (pretraining only)",
-                len({splits.groups.get(video, video) for video in unlabelled}),
-                len(unlabelled),
-                sum(stored.get(video, 0) for video in unlabelled) or "–",
-            ]
-        )
+    more, why = _unlabelled_rows(splits, stored, items)
     names = ["Class", f"{unit.capitalize()}s", "Videos", "Stored frames"]
-    tables.append(Table("Videos", names, rows, names[1:], _store_note(store)))
+    tables.append(Table("Videos", names, rows + more, names[1:], f"{why} {_store_note(store)}".strip()))
     columns = [
         "Fold",
         f"Test {unit}s",
@@ -370,6 +361,26 @@ def data_tables(splits: Splits, store: FrameStore | None, unit: str, items: Sequ
     made = f"{splits.words}, manifest {splits.manifest_digest[:12]}, split seed {splits.seed}."
     tables.append(Table("Split: who is tested where", columns, rows, columns[1:], f"{sides} {made}"))
     return tables
+
+
+def _unlabelled_rows(splits: Splits, stored: Mapping[str, int], items: Sequence[Any]) -> tuple[list[list[Any]], str]:
+    """Rows of the videos without a label: those that serve pretraining and those that may not, and why. `stored`: frames by video.
+
+    Only known patients are counted; the group of a video without one is the video, and stands for nobody.
+    """
+    closed = set() if splits.by_frame or any(item.card.pretrain_scope == "all" for item in items) else set(splits.unlabelled_blocked)
+    parts = {
+        "without label (pretraining only)": [video for video in splits.unlabelled if video not in closed],
+        "without label or patient (left out of pretraining)": [video for video in splits.unlabelled if video in closed],
+    }
+    rows = []
+    for name, videos in parts.items():
+        groups = {splits.groups.get(video, "") for video in videos}
+        known = len(groups if splits.group == "video" else {group for group in groups if group.startswith("P")})
+        if videos:
+            rows.append([name, known or "–", len(videos), sum(stored.get(video, 0) for video in videos) or "–"])
+    why = "A video of unknown patient might show a test patient, so no fold's encoder sees it (pretrain.scope: fold)." if closed else ""
+    return rows, why
 
 
 def _store_note(store: FrameStore | None) -> str:
