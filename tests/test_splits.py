@@ -18,8 +18,8 @@ from pipeline.data.manifest import Manifest, VideoRow, pseudonym, write_hints
 from pipeline.data.split_report import balance_rows, describe_warnings
 from pipeline.data.splits import Fold, InnerFold, Splits
 from pipeline.data.splitting import make_splits
-from pipeline.evaluation.content import data_tables
 from pipeline.errors import ConfigError, DataError, LeakageError
+from pipeline.evaluation.content import data_tables
 
 
 def video_id(name: str) -> str:
