@@ -286,10 +286,7 @@ def test_patient_column__unknown_is_said_before_anything_is_decoded(capsys: pyte
     assert "4 of 4 labelled files have no patient" in said and "(columns found: path, label, person)" in said
     assert said.endswith("If person is the patient: -S data.patient_column=person")
     assert run(config()) and "patient" in read_hints(Path("frames"))
-    by_video = config().model_copy(update={"data": DataParams(source="clips", group="video")})
     capsys.readouterr()
-    run(by_video)
-    assert not warned(capsys.readouterr().err), "patients do not matter there"
     table.write_text(table.read_text(encoding="utf-8").replace("person", "patient"), encoding="utf-8")
     run(config())
     assert not warned(capsys.readouterr().err) and read_hints(Path("frames")) == {}

@@ -449,7 +449,7 @@ def _warn_of_columns(found: LabelledMedia, config: Config) -> None:
     """Say before anything is decoded, which may take hours, that labels or patients are missing because of a table's columns."""
     if hint := found.hints.get("label"):
         print(loud(f"all videos stay unlabelled and serve pretraining only. {hint}"), file=sys.stderr, flush=True)
-    if "patient" not in found.hints or config.data.group != "patient":
+    if "patient" not in found.hints:
         return
     labelled = [item for item in found.media if found.labels[item.path].label or config.data.frame_labels]
     # A DICOM header names its patient.
