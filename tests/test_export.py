@@ -14,10 +14,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from fake_experiment import FakeExperiment
 from weights_kit import GROUPS, make_classifier, make_encoder
 
 from pipeline.cli import main
 from pipeline.errors import CheckpointError, PipelineError
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.export.facts import about, find_weights
 from pipeline.export.formats import export, load_network, sample_images
 from pipeline.models.backbones import build_trunk
@@ -141,18 +143,19 @@ def test_card__explains_each_stamp_by_its_own_words(tmp_path: Path) -> None:
 
 
 def test_card__results_only_from_the_report_of_these_weights(tmp_path: Path) -> None:
-    folder = make_classifier(tmp_path / "models/finetuned/pretrained-seed0-fold0", "resnet10", "linear")
-    row = "pretrained,0,0,test,v1,P1,3,a,0.25,0.75"
-    (folder / "predictions.csv").write_text(f"init,seed,fold,part,video,patient,frame,label,p_a,p_b\n{row}\n")
-    reports = tmp_path / "reports/evaluate"
-    reports.mkdir(parents=True)
-    block = {"balanced_accuracy": 0.8, "balanced_accuracy_low": 0.6, "balanced_accuracy_high": 0.9, "macro_auroc": 0.85}
-    (reports / "details.json").write_text(json.dumps({"folds": 3, "patients": 20, "confidence": 0.95, "pretrained": {"video": block}}))
-    (reports / "predictions.csv").write_text(f"header\n{row},b,\n")
+    """Both tables are the stages' own: the report's has columns that a fold's has not, in other places."""
+    fake = FakeExperiment(tmp_path)
+    evaluate(fake.config, fake.folders, fake.splits, None, tmp_path / "reports/evaluate")
+    folder = fake.folder("pretrained-seed0-fold1")
+    make_classifier(folder, "resnet10", "linear", fold=1)
     _, card, text = exported(folder, "torchvision", tmp_path / "out/w.pth")
-    assert card["metrics"]["values"]["balanced_accuracy"] == 0.8 and "0.8 (95% interval 0.6 to 0.9)" in text
-    (reports / "predictions.csv").write_text(f"header\n{row.replace('0.75', '0.76')},b,\n")
+    block = json.loads((tmp_path / "reports/evaluate/details.json").read_text())["pretrained"]["video"]
+    assert card["metrics"]["values"] == {key: block[key] for key in ("balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "macro_auroc")}
+    assert "all 3 folds" in card["metrics"]["source"] and "12 patients" in card["metrics"]["source"] and "(95% interval " in text
+    fake.edit_table("pretrained-seed0-fold1", lambda table: table.assign(p_a=table["p_a"] + 1e-4))
     assert about(find_weights(folder))["metrics"] == {}, "a report of other weights"
+    fake.edit_table("pretrained-seed0-fold1", lambda table: table[table["part"] != "test"])
+    assert about(find_weights(folder))["metrics"] == {}, "nothing was tested"
 
 
 @pytest.mark.parametrize("name", names())

@@ -5,7 +5,9 @@ Read from the card beside the weights. The same table goes into exported model c
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,12 +168,23 @@ def _versions(card: Mapping[str, Any]) -> dict[str, str]:
     return found | ({"torch_in_training": card["torch"]} if card.get("torch") else {})
 
 
+def _tested(table: Path) -> dict[tuple[str, ...], tuple[float, ...]]:
+    """Probabilities of every test row of a predictions.csv, by run, video and frame: columns may be added to either table, and digits lost."""
+    with open(table, encoding="utf-8", newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row["part"] == "test"]
+    return {
+        tuple(row[key] for key in ("init", "seed", "fold", "video", "frame")): tuple(float(cell) for key, cell in row.items() if key.startswith("p_"))
+        for row in rows
+    }
+
+
 def _is_reported(own: Path, reported: Path) -> bool:
-    """True when every test row of a fold's predictions stands in the report's table, number by number."""
-    rows = [line for line in own.read_text(encoding="utf-8").splitlines() if ",test," in line]
-    # The report's rows end with two columns more: the predicted class and the stamp.
-    known = {line.rsplit(",", 2)[0] for line in reported.read_text(encoding="utf-8").splitlines()}
-    return bool(rows) and known.issuperset(rows)
+    """True when every test row of a fold's predictions stands in the report's table with the same probabilities."""
+    rows, known = _tested(own), _tested(reported)
+    return bool(rows) and all(
+        len(known.get(key, ())) == len(values) and all(math.isclose(one, two, abs_tol=1e-9) for one, two in zip(values, known[key], strict=True))
+        for key, values in rows.items()
+    )
 
 
 def headline(weights: Weights) -> dict[str, Any]:
