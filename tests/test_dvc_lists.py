@@ -103,6 +103,12 @@ def test_fingerprint__holds_the_code_of_the_result(stage: str, file: str) -> Non
         assert any(isinstance(argument, ast.JoinedStr) for argument in calls[0].args), "the chosen method's file"
 
 
+def test_dvc__the_check_runs_whatever_params_yaml_says() -> None:
+    """A dependency named by a parameter is missing when that is mistyped, and DVC would stop before the check can tell."""
+    check = _stages_of_dvc()["check"]
+    assert not [dep for dep in check["deps"] if "${" in dep or not (ROOT / dep).exists()] and not check.get("params")
+
+
 def test_dvc__the_report_template_is_tracked() -> None:
     assert "pipeline/evaluation" in _stages_of_dvc()["evaluate"]["deps"]
     assert list((ROOT / "pipeline/evaluation").glob("*.j2"))
