@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipeline.files import hash_file
 
 __all__ = [
     "PRIVATE_KEYS", "ExecutionFacts", "environment_tags", "execution_facts", "flatten", "git_output", "git_revision", "gpu_tags", "readable",
-    "shown_params", "slug", "stage_params",
+    "short_keys", "shown_params", "slug", "stage_params",
 ]
 
 # Values that say where data lie, who is in them, or that are free text. Their effect on a result is carried by the data
@@ -152,15 +152,21 @@ def _equal(first: str, second: str) -> bool:
         return False
 
 
-def spoken_params(changed: Mapping[str, str], known: Mapping[str, str]) -> str:
-    """`temperature=0.2 finetune.epochs=5`: the shortest end of each key that no other key of `known` has."""
+def short_keys(keys: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """The shortest end of each key that no other key of `known` has; the whole key where every shorter one has a double."""
     ends = Counter(".".join(key.split(".")[-size:]) for key in known for size in range(1, key.count(".") + 2))
 
     def short(key: str) -> str:
         parts = key.split(".")
         return next((name for size in range(1, len(parts)) if ends[name := ".".join(parts[-size:])] == 1), key)
 
-    words = [f"{short(key)}={value if len(value) <= MAX_SPOKEN else value[: MAX_SPOKEN - 1] + '…'}" for key, value in sorted(changed.items())]
+    return {key: short(key) for key in keys}
+
+
+def spoken_params(changed: Mapping[str, str], known: Mapping[str, str]) -> str:
+    """`temperature=0.2 finetune.epochs=5`: each key as short as `short_keys` makes it."""
+    short = short_keys(changed, known)
+    words = [f"{short[key]}={value if len(value) <= MAX_SPOKEN else value[: MAX_SPOKEN - 1] + '…'}" for key, value in sorted(changed.items())]
     more = len(words) - MOST_SPOKEN
     return " ".join(words[:MOST_SPOKEN]) + (f" +{more} more" if more > 0 else "")
 

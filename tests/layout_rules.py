@@ -85,6 +85,7 @@ ORDER = """
     evaluation.shortcuts evaluation.subgroups evaluation.records
     evaluation.pages
     evaluation.evaluate
+    evaluation.compare_lock
     evaluation.compare_sources evaluation.compare_numbers
     evaluation.compare_rules
     evaluation.compare

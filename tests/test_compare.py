@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -342,6 +340,15 @@ def test_by__mistakes(sweep: list[str]) -> None:
             compare_by(sweep[:4], key, FAST)
 
 
+def test_by__lines_are_named_by_keys_that_nothing_else_has(tmp_path: Path) -> None:
+    names = [
+        project(tmp_path / f"{before}-{after}-{rate}", params={"pretrain": {"epochs": before}, "finetune": {"epochs": after, "label_fraction": rate}})
+        for before, after, rate in ((16, 30, 1.0), (16, 30, 0.5), (4, 5, 1.0), (4, 5, 0.5))
+    ]
+    found = compare_by(names, "label_fraction", FAST)
+    assert found.curve and list(found.curve.lines) == ["ucl, finetune.epochs 30, pretrain.epochs 16", "ucl, finetune.epochs 5, pretrain.epochs 4"]
+
+
 # --- what is written ---
 
 
@@ -451,44 +458,3 @@ def test_mlflow__by_run_name_experiment_name_and_ids(tmp_path: Path, empty_store
 
 def test_mlflow__asking_creates_no_store(tmp_path: Path) -> None:
     assert Finder().names() == [] and not (tmp_path / "cwd" / "mlflow.db").exists()
-
-
-def test_dvc__experiments_revisions_and_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A project with two commits whose results are in DVC's cache, read without touching the working tree."""
-    # DVC keeps writing to the standard output that it met first, which is an earlier test's.
-    caplog.set_level("CRITICAL", "dvc")
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.chdir(home)
-    monkeypatch.delenv("DVC_ROOT")
-
-    def run(*words: str) -> None:
-        subprocess.run(words, check=True, capture_output=True)
-
-    run("git", "init", "-q")
-    run("git", "config", "user.email", "a@b")
-    run("git", "config", "user.name", "a")
-    from dvc.repo import Repo
-
-    repo = Repo.init()
-    (home / "dvc.yaml").write_text("stages:\n  evaluate:\n    cmd: 'true'\n    outs: [reports/evaluate]\n")
-    for name, right in (("one", 0.5), ("two", 1.0)):
-        project(tmp_path / f"made-{name}", right)
-        if (home / "reports").exists():
-            shutil.rmtree(home / "reports")
-        (tmp_path / f"made-{name}" / "reports").rename(home / "reports")
-        (home / "params.yaml").write_bytes((tmp_path / f"made-{name}" / "params.yaml").read_bytes())
-        repo.commit("evaluate", force=True)
-        run("git", "add", "-A")
-        run("git", "commit", "-q", "-m", name)
-        run("git", "tag", name)
-    before = (home / "params.yaml").stat().st_mtime_ns
-    found = compare(["one", "HEAD"], FAST)
-    assert found.pairs[0].value == pytest.approx(0.5) and (home / "params.yaml").stat().st_mtime_ns == before
-    for path in sorted((home / ".dvc/cache/files").rglob("*")):
-        if path.is_file() and not path.name.endswith(".dir"):
-            path.chmod(0o644)
-            path.unlink()
-    refused(["one", "HEAD"], "'one' is known, but its reports/evaluate/predictions_video.csv is not there .*dvc pull")

@@ -19,6 +19,7 @@ from pipeline.evaluation.compare_rules import SEEDS, Group, joined, same_rules, 
 from pipeline.evaluation.compare_sources import Experiment, Finder, Level, read_experiment
 from pipeline.evaluation.statistics import Interval, holm
 from pipeline.registry import did_you_mean
+from pipeline.tracking_context import short_keys
 
 __all__ = ["LOWER_IS_BETTER", "Comparison", "Curve", "Row", "Settings", "compare", "compare_by", "with_holm"]
 
@@ -269,11 +270,12 @@ def _in_order(value: str) -> tuple[int, float, str]:
 def _line_names(lines: Sequence[Sequence[Group]], without: Iterable[str]) -> list[str]:
     """The method, and where that is not enough the parameters in which lines of one method differ."""
     names = [line[0].members[0].method for line in lines]
+    known = {key for line in lines for group in line for key in group.params}
     result = []
     for name, line in zip(names, lines, strict=True):
         peers = [other[0].params for other, called in zip(lines, names, strict=True) if called == name]
         keys = sorted({key for peer in peers for key in unequal(peers[0], peer, without)})
-        result.append(", ".join([name, *(f"{key.rpartition('.')[2]} {line[0].params.get(key, '-')}" for key in keys[:3])]))
+        result.append(", ".join([name, *(f"{short} {line[0].params.get(key, '-')}" for key, short in short_keys(keys[:3], known).items())]))
     return [f"{name} ({result[:place].count(name) + 1})" if result.count(name) > 1 else name for place, name in enumerate(result)]
 
 

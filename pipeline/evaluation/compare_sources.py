@@ -1,5 +1,7 @@
 """Finds finished experiments by name (a folder, DVC, MLflow) and reads their predictions and parameters with distrust.
 
+Parameters are those that the results were made with, as dvc.lock records them: params.yaml may have been edited or restored since.
+
 Nothing here compares. What passes holds one probability distribution per unit, seed, repeat and initialisation.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -22,6 +25,7 @@ import yaml
 
 from pipeline.config import Config, load_config, pretraining_name
 from pipeline.errors import ConfigError, DataError, some
+from pipeline.evaluation.compare_lock import digests, folder_digest, overlaid, recorded, stages_of
 from pipeline.registry import METHODS, did_you_mean
 from pipeline.tracking import tracking_uri
 from pipeline.tracking_context import flatten
@@ -75,6 +79,7 @@ class Finder:
         self._repo: Any = None
         self._client: Any = None
         self._parents: list[Any] | None = None
+        self._told: set[str] = set()
 
     def find(self, name: str, files: Sequence[str]) -> _Found:
         """The `files` of reports/evaluate, and the parameters.
@@ -83,7 +88,7 @@ class Finder:
             DataError: the name is unknown (with the nearest known ones), ambiguous, or the experiment lacks a file.
         """
         if Path(name).is_dir():
-            return self._folder(Path(name), files)
+            return self._folder(Path(name), files, name)
         found = self._dvc(name, files) or self._mlflow(name, files)
         if found:
             return found
@@ -110,7 +115,7 @@ class Finder:
 
     # --- a folder ---
 
-    def _folder(self, folder: Path, files: Sequence[str]) -> _Found:
+    def _folder(self, folder: Path, files: Sequence[str], name: str) -> _Found:
         texts = {}
         for file in files:
             path = folder / RESULTS / file
@@ -120,7 +125,36 @@ class Finder:
         path = folder / "params.yaml"
         if not path.is_file():
             raise DataError(f"compare: {path} does not exist; give the folder of a project.")
-        return _Found(texts, _flat_params(_decoded(path.read_bytes(), str(path)), str(path)))
+        given, lock = _raw_params(_decoded(path.read_bytes(), str(path)), str(path)), folder / "dvc.lock"
+        stages = stages_of(lock.read_bytes()) if lock.is_file() else {}
+        if stages and folder_digest(folder / RESULTS) != digests(stages, "evaluate").get(RESULTS):
+            self._warn(
+                f"{name}: {RESULTS} is not what dvc.lock records (a stage was run without DVC?), so its parameters are taken from params.yaml; "
+                "where that was edited since, run dvc repro"
+            )
+            stages = {}
+        return _Found(texts, self._made_with(name, given, stages))
+
+    def _warn(self, line: str) -> None:
+        """Once, beside the result."""
+        if line not in self._told:
+            self._told.add(line)
+            print(f"warning: {line}", file=sys.stderr)
+
+    def _made_with(self, name: str, given: Mapping[str, Any], stages: Mapping[str, Any]) -> dict[str, str]:
+        """Flat parameters of the results: what DVC's record of the stages says, the rest from params.yaml; warns where the two differ."""
+        record, behind = recorded(stages)
+        if behind:
+            self._warn(f"{name}: {' and '.join(behind)} ran again after the results were made, which are older than that. Run dvc repro")
+        now, made = _flat_params(given), _flat_params(overlaid(given, record))
+        keys = sorted(key for key in {*now, *made} if _plain(now.get(key, "")) != _plain(made.get(key, "")))
+        if "pretrain.method" in keys:  # each method has a block of its own
+            keys = ["pretrain.method", *(key for key in keys if key != "pretrain.method" and not key.startswith("methods."))]
+        if keys:
+            shown = some((f"{key} {made.get(key, 'unknown')} (params.yaml: {now.get(key, 'unknown')})" for key in keys), 6)
+            self._warn(f"{name}: its results were made with other values than params.yaml has now, and are compared as made with {shown}; "
+                       "dvc repro makes those of params.yaml")
+        return made
 
     # --- DVC ---
 
@@ -140,6 +174,9 @@ class Finder:
         repo = self._open_repo()
         if repo is None:
             return None
+        # What lies in the folder, even where a stage was run without DVC; elsewhere, and where nothing is checked out, what DVC knows.
+        if name == "workspace" and Path(repo.root_dir, RESULTS).is_dir():
+            return self._folder(Path(os.path.relpath(repo.root_dir)), files, name)
         from dvc.exceptions import DvcException
         from dvc.scm import RevError, SCMError
 
@@ -156,7 +193,7 @@ class Finder:
             with repo.switch(name):
                 cached = _Cached(repo)
                 texts = {file: read(f"{RESULTS}/{file}") for file in files}
-                return _Found(texts, _flat_params(read("params.yaml"), f"params.yaml of '{name}'"))
+                return _Found(texts, self._made_with(name, _raw_params(read("params.yaml"), f"params.yaml of '{name}'"), cached.stages))
         except (RevError, SCMError, ValueError):
             return None
 
@@ -251,14 +288,13 @@ class _Cached:
     """Files of the current revision straight from git or the local cache; DVC's own way parses its lock file for a third of a second."""
 
     def __init__(self, repo: Any) -> None:
-        self._repo, self._objects = repo, {}
+        self._repo, self._objects, self.stages = repo, {}, {}
         try:
-            lock = yaml.load(repo.fs.read_text(repo.fs.join(repo.root_dir, "dvc.lock")), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
-            digest = next((out["md5"] for out in outs if out["path"] == RESULTS), "")
+            self.stages = stages_of(repo.fs.read_bytes(repo.fs.join(repo.root_dir, "dvc.lock")))
+            digest = digests(self.stages, "evaluate").get(RESULTS, "")
             listed = json.loads(self._object(digest)) if digest.endswith(".dir") else []
             self._objects = {f"{RESULTS}/{entry['relpath']}": entry["md5"] for entry in listed}
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass
 
     def _object(self, digest: str) -> bytes:
@@ -281,15 +317,24 @@ def _decoded(raw: bytes, place: str) -> str:
         raise DataError(f"compare: {place} is not UTF-8 text (byte {error.start})") from None
 
 
-def _flat_params(text: str, place: str) -> dict[str, str]:
-    """params.yaml as flat text; keys that an older experiment did not know have their defaults."""
+def _raw_params(text: str, place: str) -> dict[str, Any]:
+    """params.yaml as it stands.
+
+    Raises:
+        DataError: it does not say what was pretrained.
+    """
     try:
         raw = yaml.safe_load(text)
-        method = raw["pretrain"]["method"]
+        raw["pretrain"]["method"]
     except (yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
         raise DataError(f"compare: {place} does not say pretrain.method; it is no parameter file of Sonoscope") from None
-    blocks = raw.pop("methods", None)
-    given = {key: value for key, value in raw.items() if key not in ("tracking", "launch")}
+    return raw
+
+
+def _flat_params(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters as flat text; keys that an older experiment did not know have their defaults."""
+    blocks, method = raw.get("methods"), raw["pretrain"]["method"]
+    given = {key: value for key, value in raw.items() if key not in ("tracking", "launch", "methods")}
     if isinstance(blocks, dict) and blocks.get(method):
         given["methods"] = {method: blocks[method]}
     init = raw["pretrain"].get("init")
