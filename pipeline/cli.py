@@ -61,17 +61,16 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from pipeline.config import load_config
     from pipeline.preflight import check_named_files
+    from pipeline.presets import overridden
 
-    config = load_config(arguments.params)
-    check_named_files(config)
-    print(
-        f"{arguments.params}: valid. Source {config.data.source}, {config.split.words}, pretraining "
-        f"{config.pretrain.method} on {config.pretrain.backbone} for {config.pretrain.epochs} epochs "
-        f"(scope {config.pretrain.scope}), fine-tuning {', '.join(config.finetune.initialisations)} "
-        f"with {len(config.finetune.seeds)} seed(s)."
-    )
+    for config in overridden(arguments.set, Path(arguments.params)):
+        check_named_files(config)
+        print(
+            f"{' -S '.join([arguments.params, *arguments.set])}: valid. Source {config.data.source}, {config.split.words}, pretraining "
+            f"{config.pretrain.method} on {config.pretrain.backbone} for {config.pretrain.epochs} epochs "
+            f"(scope {config.pretrain.scope}), fine-tuning {', '.join(config.finetune.initialisations)} with {len(config.finetune.seeds)} seed(s)."
+        )
     return 0
 
 
@@ -374,6 +373,10 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.set_defaults(run=_compare)
 
 
+def _add_overrides(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE", help=f"{what}, as for 'dvc exp run -S'")
+
+
 _ROWS = (
     "protocols to run, such as patient-inner,video-test (default: all but the last): "
     "patient-inner (patients apart, epoch by inner patients: the honest one), patient-test (patients apart, best epoch on test), "
@@ -391,7 +394,7 @@ def _add_protocols(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         description="Runs an experiment for each protocol (which unit is kept apart, and on what the epoch is chosen) in a copy of the project, "
         "then prints their numbers side by side. params.yaml stays as it is.",
     )
-    protocols.add_argument("-S", "--set", action="append", default=[], metavar="KEY=VALUE", help="parameter of all of them, as for 'dvc exp run -S'")
+    _add_overrides(protocols, "parameter of all of them")
     protocols.add_argument("--rows", default="", metavar="A,B", help=_ROWS)
     protocols.add_argument("--queue", action="store_true", help="put them into DVC's queue instead of running them")
     protocols.add_argument("--print", action="store_true", help="print the commands instead of running them")
@@ -427,7 +430,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the table as JSON")
     doctor.set_defaults(run=_doctor)
 
-    check = commands.add_parser("check", help="check params.yaml, all problems at once")
+    check = commands.add_parser(
+        "check", help="check params.yaml, all problems at once",
+        example="sonoscope check -S pretrain.method=byol (sonoscope check --help tells more)",
+    )
+    _add_overrides(check, "check params.yaml with this value (repeatable; a,b checks both); the file stays as it is")
     check.set_defaults(run=_check)
 
     preset = commands.add_parser(
@@ -475,14 +482,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of the `sonoscope` command; `argv` (default `sys.argv[1:]`) is what follows it. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, surplus = parser.parse_known_args(argv)
+    if surplus:  # argparse would name neither the command nor its help
+        command = f"{parser.prog} {arguments.command}"
+        parser.exit(EXIT_MISTAKE, f"{command}: unrecognized arguments: {' '.join(surplus)}\nexample: {command} --help\n")
     code = 0
 
-    def command() -> None:
+    def run() -> None:
         nonlocal code
         code = arguments.run(arguments)
 
-    return run_stage(command) or code
+    return run_stage(run) or code
 
 
 if __name__ == "__main__":

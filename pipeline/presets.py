@@ -1,7 +1,7 @@
 """Presets: named sets of parameters, each a file `pipeline/presets/<name>.yaml` (`description:`, then nested keys).
 
 A preset becomes `-S key=value` words for `dvc exp run`, or an edit of params.yaml that keeps its comments. It holds
-only what it changes, and never a path of somebody's machine.
+only what it changes, and never a path of somebody's machine. `overridden` reads such words as `dvc exp run` does.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,7 +21,10 @@ from pipeline.errors import ConfigError
 from pipeline.files import atomic_write
 from pipeline.registry import did_you_mean
 
-__all__ = ["Preset", "as_overrides", "as_word", "flatten", "load_preset", "preset_names", "write_preset"]
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+__all__ = ["Preset", "as_overrides", "as_word", "flatten", "load_preset", "overridden", "preset_names", "write_preset"]
 
 FOLDER = Path(__file__).with_name("presets")
 # Text that needs no quotes in the grammar of `dvc exp run -S`; anything else is put between single quotes.
@@ -107,6 +111,51 @@ def as_overrides(preset: Preset) -> list[str]:
             )
         words += ["-S", word]
     return words
+
+
+def overridden(overrides: Sequence[str], path: Path = Path("params.yaml")) -> Iterator[Config]:
+    """The checked configurations that `dvc exp run -S ...` would make: one, or each of a grid (`key=a,b`). The file stays as it is.
+
+    Args:
+        overrides: `key=value` in the grammar of DVC (Hydra's), `+key` for a key that the file does not name. [] for the file as it is.
+
+    Raises:
+        ConfigError: words that DVC does not take, an unknown key (with the nearest one), or values that are not allowed.
+    """
+    from pipeline.config import load_config
+
+    config = load_config(path)
+    if not overrides:
+        yield config
+        return
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+    from hydra.errors import HydraException
+
+    said = " ".join(f"-S {word}" for word in overrides)
+    try:
+        grid = [point["-S"] for point in get_hydra_sweeps({"-S": list(overrides)})]
+    except (DvcException, HydraException) as error:
+        raise ConfigError(f"{said}: {str(error).splitlines()[0].rstrip('.')}. Write KEY=VALUE, as for 'dvc exp run -S'") from None
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "params.yaml"
+
+        def load(words: Sequence[str]) -> Config:
+            copy.write_bytes(path.read_bytes())
+            apply_overrides(copy, list(words))
+            try:
+                return load_config(copy)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace(str(copy), f"{path} with {said}", 1)) from None
+
+        for words in grid:
+            try:
+                yield load(words)
+            except DvcException as error:
+                # Where a key is misspelt DVC advises to add it; added, our own check names the nearest one.
+                with suppress(DvcException):
+                    load([word if word.startswith(("+", "~")) else f"++{word}" for word in words])
+                raise ConfigError(f"{said}: {' '.join(str(error.__cause__ or error).split())}") from None
 
 
 def write_preset(preset: Preset, path: Path = Path("params.yaml")) -> list[str]:

@@ -84,6 +84,32 @@ def test_check__names_what_is_wrong(params: Path, capsys: pytest.CaptureFixture[
     assert "Did you mean 'short_side'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrain.method=ulc"], "params.yaml with -S pretrain.method=ulc: 1 problem.*unknown method 'ulc'.* Did you mean 'ucl'"),
+        (["pretrain.mehtod=ucl"], "pretrain.mehtod: unknown key .*Did you mean 'method'"),
+        (["finetune.epochs=3", "pretrain.epochs=2,none"], "with -S finetune.epochs=3 -S pretrain.epochs=2,none: .*pretrain.epochs: got 'none'"),
+        (["data.source=/nowhere"], "data.source: /nowhere does not exist"),
+        (["finetune.augmentation.optional.shift=0.1"], r"use \+finetune.augmentation.optional.shift=0.1"),
+        (["+pretrain.method=ucl"], r"Either remove \+ prefix"),
+        (["pretrain.method"], "Write KEY=VALUE"), (["pretrain.seed=[1"], "Write KEY=VALUE"), (["data.source=glob(*)"], "is not supported. Write KEY=VALUE"),
+    ],
+)
+def test_check__values_before_they_are_run(words: list[str], message: str, params: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = params.read_bytes()
+    assert main(["check", "--params", str(params), *(word for one in words for word in ("-S", one))]) == 2
+    told = capsys.readouterr().err
+    assert re.search(message, told, re.DOTALL) and "Traceback" not in told and params.read_bytes() == before
+
+
+def test_check__every_point_of_a_grid(params: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-S", "pretrain.method=byol,ucl", "-S", "+finetune.augmentation.optional.shift=0.1"]
+    assert main(["check", "--params", str(params), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "pretraining byol" in lines[0] and "pretraining ucl" in lines[1]
+
+
 def test_unknown_command__exits_2() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["no-such-command"])
@@ -97,7 +123,9 @@ def test_unknown_command__exits_2() -> None:
         (["compare"], "sonoscope compare: missing: EXPERIMENT", "sonoscope compare EXP_A EXP_B"),
         (["embed", "x"], "sonoscope embed: missing: --encoder", "--encoder models/encoders/fold0"),
         (["protocols", "-S"], "sonoscope protocols: argument -S/--set: expected one argument", "sonoscope protocols -S data.source="),
-        (["preset", "a", "b"], "unrecognized arguments: b", "sonoscope --help"),
+        (["preset", "a", "b"], "sonoscope preset: unrecognized arguments: b", "sonoscope preset --help"),
+        (["check", "pretrain.method=byol"], "sonoscope check: unrecognized arguments: pretrain.method=byol", "sonoscope check --help"),
+        (["check", "-S"], "sonoscope check: argument -S/--set: expected one argument", "sonoscope check --help"),
         (["data", "show"], "sonoscope data show: missing: NAME", "sonoscope data show --help"),
     ],
 )
