@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -169,6 +170,16 @@ def test_params__a_stage_tracks_what_its_code_reads(stage: str) -> None:
     loose = {key for key in read if not _within(key, tracked) and not any(_within(one, {key}) for one in tracked)}
     loose = {key for key in loose if not _within(key, set(UNTRACKED_KEYS))}
     assert not loose, f"dvc.yaml, {stage}: add to params: {sorted(loose)}"
+
+
+def test_readme__the_table_of_experiments_keeps_value_interval_and_parameters() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pattern = re.search(r"dvc exp show --only-changed --drop '([^']*)'", text)
+    assert pattern
+    sections = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")).keys() - {"tracking", "launch"}
+    kept = ["Experiment", "State", "balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", *(f"{name}.key" for name in sections)]
+    dropped = ["Created", "pretraining_gain", "pretrained.video.balanced_accuracy", "features.x", "models/encoders", "params.yaml", "data/frames/main"]
+    assert [name for name in [*kept, *dropped] if re.match(pattern[1], name)] == dropped, "DVC drops what the pattern matches from its start"
 
 
 # --- (g) params.yaml and the models ----------------------------------------------------------------------------------
