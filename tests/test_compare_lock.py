@@ -47,7 +47,7 @@ def test_made_with__what_dvc_recorded_and_not_what_params_yaml_says_now(tmp_path
     assert read_experiment(str(one)).params["pretrain.method"] == "simclr"
     assert "is not what dvc.lock records" in capsys.readouterr().err
 
-    for odd in ("[1", "stages: [a]", "stages: {evaluate: {params: [b]}}", "stages: {evaluate: {params: {params.yaml: {pretrain: 3}}}}"):
+    for odd in ("[1", "stages: [a]", "stages: {evaluate: {params: [b]}}", "stages: {evaluate: {params: {params.yaml: {pretrain: 3}}}}", "stages: 3"):
         (one / "dvc.lock").write_text(odd)
         assert read_experiment(str(one)).params["pretrain.method"] == "simclr"
 

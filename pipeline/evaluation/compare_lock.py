@@ -32,8 +32,8 @@ def digests(stages: Mapping[str, Any], stage: str, kind: str = "outs") -> dict[s
 
 def folder_digest(folder: Path) -> str:
     """The digest that DVC gives a folder: of the sorted list of the files in it with theirs."""
-    files = sorted((path.relative_to(folder).parts, path) for path in folder.rglob("*") if path.is_file())
-    listed = [{"md5": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(), "relpath": "/".join(parts)} for parts, path in files]
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+    listed = [{"md5": hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest(), "relpath": name} for name, path in files]
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode("utf-8"), usedforsecurity=False).hexdigest() + ".dir"
 
 
@@ -41,7 +41,10 @@ def recorded(stages: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Parameters by dotted key (of a value or a section) that an evaluation and its data were made with; stages it lags behind, which do not count."""
     try:
         params = {name: dict((block.get("params") or {}).get("params.yaml") or {}) for name, block in stages.items()}
-        sources = list(params["evaluate"]["pretrain"]["sources"])
+        pretrain = params["evaluate"]["pretrain"]
+        sources = [str(name) for name in pretrain["sources"]]
+        if not isinstance(pretrain["method"], str):
+            return {}, []
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}, []  # another pipeline's, or one that has not been evaluated
     used = digests(stages, "evaluate", "deps")
@@ -57,7 +60,7 @@ def overlaid(given: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
     """params.yaml with the recorded values and sections in their places."""
     result = copy.deepcopy(dict(given))
     for key, value in record.items():
-        *sections, last = key.split(".")
+        *sections, last = str(key).split(".")
         place = result
         for part in sections:
             if not isinstance(place.get(part), dict):

@@ -325,9 +325,11 @@ def _raw_params(text: str, place: str) -> dict[str, Any]:
     """
     try:
         raw = yaml.safe_load(text)
-        raw["pretrain"]["method"]
+        known = isinstance(raw["pretrain"]["method"], str)
     except (yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
-        raise DataError(f"compare: {place} does not say pretrain.method; it is no parameter file of Sonoscope") from None
+        known = False
+    if not known:
+        raise DataError(f"compare: {place} does not say pretrain.method; it is no parameter file of Sonoscope")
     return raw
 
 
