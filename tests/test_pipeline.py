@@ -23,6 +23,8 @@ import psutil
 import pytest
 from scratch_project import environment, make_project, run, set_params
 
+from pipeline.export.facts import about, find_weights
+
 TEMPERATURES = {"0.07", "0.1", "0.05", "0.2"}
 PATIENCE = 900
 """Seconds after which a queue that has not finished is a failure."""
@@ -84,6 +86,7 @@ def _vary(folder: Path) -> Story:
     story = Story(make_project(folder, {}))
     story.seen["first"] = run(folder, "dvc", "repro").stdout
     story.seen["outcome"] = _outcome(folder)
+    story.seen["card"] = about(find_weights(folder / "models/finetuned/pretrained-seed0-fold0"))["metrics"]
     with open(folder / "reports/evaluate/predictions.csv", encoding="utf-8", newline="") as handle:
         story.seen["predictions"] = list(csv.DictReader(handle))
     start = time.monotonic()
@@ -107,6 +110,7 @@ def _vary(folder: Path) -> Story:
     story.seen["experiment_cards"] = _outcome(folder)["cards"]
     run(folder, "dvc", "exp", "run", "--queue", "-S", "methods.ucl.temperature=0.05,0.2", *fewer)
     story.seen["queue"] = _wait_for_queue(folder)
+    story.seen["mistyped"] = run(folder, "dvc", "exp", "run", "--temp", "-S", "pretrain.method=ulc", check=False).stdout
     return story
 
 
@@ -272,6 +276,15 @@ def test_experiments__an_inline_one_repeats_only_what_depends_on_it(varied: Stor
 def test_experiments__the_queue_runs_the_grid(varied: Story) -> None:
     status = varied.seen["queue"]
     assert len(re.findall(r"\bSuccess\b", status)) == 2 and "Failed" not in status, status
+
+
+def test_experiments__a_mistyped_method_is_told_by_the_check(varied: Story) -> None:
+    assert "unknown method 'ulc'" in varied.seen["mistyped"] and "Did you mean 'ucl'?" in varied.seen["mistyped"]
+
+
+def test_card__of_exported_weights_has_the_report_s_numbers(varied: Story) -> None:
+    block = varied.seen["outcome"]["details"]["pretrained"]["video"]
+    assert varied.seen["card"]["values"]["balanced_accuracy_low"] == block["balanced_accuracy_low"]
 
 
 def test_experiments__share_no_checkpoint(varied: Story) -> None:
