@@ -228,6 +228,19 @@ def test_report__videos_as_groups_are_said_loudly(tmp_path):
     assert "12 groups" in metrics["headline"] and "Patient identities were not given" in text
 
 
+def test_report__unknown_patients_are_not_called_patients(tmp_path):
+    """The default keeps patients together; where a table names none of them, the page must not count patients."""
+    fake = FakeExperiment(tmp_path)
+    assert make(fake)[1]["unit"] == "patient"
+    video = next(iter(fake.labels))
+    metrics = {"stamp": "", "group": "patient", "patients": 12, "seeds": 2, "headline_init": "random", "random": {"patient": {"accuracy": 0.5}}}
+    unknown = replace(fake.splits, groups={**fake.groups, video: f"V{video}"})
+    assert (fake.splits.unit, unknown.unit) == ("patient", "group")
+    assert not any("identities" in line for line in cautions(fake.config, {**metrics, "unit": "patient"}, []))
+    said = cautions(fake.config, {**metrics, "unit": unknown.unit}, [])
+    assert any("not given for every video; those without were treated as independent" in line for line in said)
+
+
 def test_report__a_split_by_frame_counts_patients_where_they_are_known(tmp_path):
     fake = FakeExperiment(tmp_path, group="frame", frames=24)
     text, metrics = make(fake)

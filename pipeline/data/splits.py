@@ -125,8 +125,9 @@ class Splits:
     @property
     def unit(self) -> str:
         """What the independent units are called: `patient`, or `group` where not every labelled video's patient is known."""
-        known = self.by_frame and all(self.groups[video].startswith("P") for video in self.labels)
-        return "patient" if known or self.group == "patient" else "group"
+        # `V<video>` is the group of a video whose patient is not known.
+        known = self.group != "video" and not any(self.groups[video].startswith("V") for video in self.labels)
+        return "patient" if known else "group"
 
     @property
     def stamp(self) -> str:

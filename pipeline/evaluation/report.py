@@ -313,10 +313,11 @@ def cautions(config: Config, metrics: Mapping[str, Any], warnings: Sequence[str]
             "Other videos of the tested patients were trained on (as some published protocols do), and videos were treated as independent: "
             "the values are too high and the intervals too narrow. Use them only to compare with such publications."
         )
-    elif metrics["group"] != "patient":
+    elif metrics["unit"] != "patient":
+        whose = "were not given, so videos were" if metrics["group"] == "video" else "were not given for every video; those without were"
         lines.append(
-            "Patient identities were not given, so videos were treated as independent. If two videos come from one "
-            "patient, the values are too high and the intervals too narrow."
+            f"Patient identities {whose} treated as independent. If two of them come from one patient, the values are too high and the intervals "
+            "too narrow."
         )
     lines += metrics.get("cautions", [])
     if not phantom:
