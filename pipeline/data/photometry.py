@@ -16,7 +16,6 @@ __all__ = [
     "SHARPEN_LEVELS", "adjust", "bezier_choice", "bezier_map", "curve", "cut_out", "grayscale", "outpaint", "sharpen", "solarize", "warp",
 ]
 
-LUMA = (0.299, 0.587, 0.114)
 SHARPEN_LEVELS = {
     -1: ((-1, -0.5, -1), (-0.5, 3, -0.5), (-1, -0.5, -1)),
     1: ((1, -2, 1), (-2, 5, -2), (1, -2, 1)),

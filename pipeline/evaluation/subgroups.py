@@ -284,7 +284,8 @@ def _table(context: Context, column: str, levels: Mapping[str, Mapping[str, Any]
     if reasons:
         note += f" No value where there is a dash: {_listed(reasons)}."
     if bare:
-        note += f" No interval of balanced accuracy: {_listed(bare)}. The difference may still have one, since all other videos vary."
+        vary = "" if open_gaps else " The difference may still have one, since all other videos vary."
+        note += f" No interval of balanced accuracy: {_listed(bare)}.{vary}"
     if open_gaps:
         note += f" No interval of the difference: {_listed(open_gaps)}."
     if sum(one["patients"] for one in levels.values()) > context.metrics["patients"]:

@@ -90,14 +90,15 @@ def summarise(
 
 def _level(config: Config, table: pd.DataFrame, classes: Sequence[str], stamp: str) -> dict[str, Any]:
     """Metrics of one initialisation at one level: mean over seeds and repeats, spread over each, intervals over patients."""
-    runs = {key: classification_metrics(scores) for key, scores in Scores.by_run(table, classes).items()}
+    judged = Scores.by_run(table, classes)
+    runs = {key: classification_metrics(scores) for key, scores in judged.items()}
     result = average(list(runs.values()))
     for place, word in enumerate(("seed", "repeat")):
         kinds = sorted({key[place] for key in runs})
         for name in METRICS if len(kinds) > 1 else ():
             means = [average([one[name] for key, one in runs.items() if key[place] == kind]) for kind in kinds]
             result[f"{name}_{word}_sd"] = stdev(means) if None not in means else None
-    intervals = patient_intervals(list(Scores.by_run(table, classes).values()), METRICS, confidence=config.evaluate.confidence)
+    intervals = patient_intervals(list(judged.values()), METRICS, confidence=config.evaluate.confidence)
     for name in METRICS:
         low, high, reason = intervals[name].low, intervals[name].high, intervals[name].reason
         result[f"{name}_low"], result[f"{name}_high"] = low, high
